@@ -1,0 +1,59 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from finecf import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    # More threads than cores only make the small tensors of the tests slower.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a CUDA device where there is none."""
+    no_device = pytest.mark.skip(reason="torch sees no CUDA device")
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_device)
+
+
+@pytest.fixture
+def realdata() -> Path:
+    """The folder of real images: FINECF_REALDATA, else ../shared/realdata beside the checkout."""
+    path = Path(os.environ.get("FINECF_REALDATA") or ROOT.parent / "shared" / "realdata")
+    if not path.is_dir():
+        pytest.skip(f"no real images: {path} is not a folder (set FINECF_REALDATA)")
+    return path
+
+
+@pytest.fixture
+def restore_backend() -> Iterator[None]:
+    """Put back the backend that was chosen before the test."""
+    before = _native.backend()
+    yield
+    _native.set_backend(before)
+
+
+@pytest.fixture
+def reference_backend(restore_backend: None) -> None:
+    """Run the test with the plain-torch twins."""
+    _native.set_backend("reference")
+
+
+@pytest.fixture
+def native_backend(restore_backend: None) -> None:
+    """Run the test with the compiled operators; skip it, with the reason, where they are not loaded."""
+    info = _native.build_info()["cpu"]
+    if not info["loaded"]:
+        pytest.skip(f"the compiled operators are not loaded: {info['reason']}")
+    _native.set_backend("native")
