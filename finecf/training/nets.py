@@ -1,0 +1,48 @@
+"""The small networks that ship with finecf, and how their checkpoints are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut (He et al., CVPR 2016): [B,c_in,H,W] to [B,c_out,H/stride,W/stride]."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class BirdsNet(nn.Module):
+    """A compact residual net with global average pooling and a linear head.
+
+    Input: float [B,3,H,W], RGB in [0,1] (the scaling is inside); at 128 x 128 the last map (`layer4`) is [B,widths[-1],8,8].
+    Output: float [B,num_classes] logits.
+    """
+
+    def __init__(self, num_classes: int = 20, widths: tuple[int, int, int, int] = (24, 32, 64, 128)) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.layer1 = ResidualBlock(widths[0], widths[0])
+        self.layer2 = ResidualBlock(widths[0], widths[1], 2)
+        self.layer3 = ResidualBlock(widths[1], widths[2], 2)
+        self.layer4 = nn.Sequential(ResidualBlock(widths[2], widths[3], 2), ResidualBlock(widths[3], widths[3]))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(widths[3], num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem((x - 0.5) * 4.0)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.pool(x).flatten(1))
