@@ -1,0 +1,178 @@
+"""Checks and conversions that every metric needs: maps, masks, cells, and a classifier as a callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finecf.explainers.result import upsample
+
+Classify = Callable[[Tensor], Tensor]
+
+
+def as_maps(maps: Tensor, name: str = "maps", *, non_negative: bool = False) -> Tensor:
+    """Maps as finite floating [B,H,W]; [H,W] becomes a batch of one and [B,1,H,W] loses its channel."""
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(maps).__name__}; convert it with torch.as_tensor.")
+    shape = tuple(maps.shape)
+    if maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    elif maps.ndim == 2:
+        maps = maps[None]
+    if maps.ndim != 3 or 0 in maps.shape[1:]:
+        raise ValueError(f"{name} must be [H,W], [B,H,W] or [B,1,H,W] with at least one cell, got {list(shape)}.")
+    maps = maps.detach()
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    if not torch.isfinite(maps).all():
+        raise ValueError(f"{name} holds NaN or infinite values; a map must be finite (a constant map is zeros).")
+    if non_negative and maps.numel() and float(maps.min()) < 0:
+        raise ValueError(
+            f"{name} has negative values (smallest {float(maps.min()):.4g}); this score weighs a map's mass: "
+            "keep one sign first, for example with maps.clamp_min(0)."
+        )
+    return maps
+
+
+def as_masks(masks: Tensor, maps: Tensor, name: str = "masks") -> Tensor:
+    """Masks as bool [B,H,W] of the maps' batch and size, each with at least one pixel."""
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        found = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {found}.")
+    masks = masks[None] if masks.ndim == 2 else masks
+    if masks.shape != maps.shape:
+        raise ValueError(
+            f"{name} must have the maps' shape {list(maps.shape)}, got {list(masks.shape)}; "
+            "bring the maps to image size with finecf.metrics.resize_maps."
+        )
+    empty = (~masks.flatten(1).any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{name} {empty[:8]} hold no pixel, so there is nothing to find; leave those images out.")
+    return masks.to(maps.device)
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear maps at image size: [B,h,w] (or [h,w], [B,1,h,w]) to [B,H,W]; unchanged when the size fits already."""
+    maps = as_maps(maps)
+    if tuple(maps.shape[1:]) == tuple(size):
+        return maps
+    return upsample(maps, size)
+
+
+def as_images(images: Tensor, name: str = "images") -> Tensor:
+    """Images as finite floating [B,C,H,W]; [C,H,W] becomes a batch of one."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(images).__name__}.")
+    shape = list(images.shape)
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"{name} must be floating [B,C,H,W] or [C,H,W], got {images.dtype} {shape}.")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{name} hold NaN or infinite values; check how they were read and normalised.")
+    return images.detach()
+
+
+def as_targets(target: Tensor | int, batch: int, device: torch.device) -> Tensor:
+    """Classes as int64 [B,K]: an int or [B] gives K = 1."""
+    target = torch.as_tensor(target, device=device)
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"target must hold class indices (integers), got {target.dtype}.")
+    target = target.expand(batch) if target.ndim == 0 else target
+    if target.ndim not in (1, 2) or target.shape[0] != batch:
+        raise ValueError(f"target must be an int, [B] or [B,K] with B = {batch}, got {list(target.shape)}.")
+    return target.long().reshape(batch, 1 if target.ndim == 1 else target.shape[1])
+
+
+@contextmanager
+def evaluating(classifier: Any) -> Iterator[Classify]:
+    """`images -> logits` without gradients: a `finecf.wrap` classifier in its eval mode, or any callable as it is."""
+    with torch.no_grad():
+        if hasattr(classifier, "eval_mode"):
+            with classifier.eval_mode():
+                yield lambda images: classifier.logits(images)
+        elif callable(classifier):
+            yield classifier
+        else:
+            raise TypeError(
+                "expected a finecf.wrap classifier or a callable from images to logits, "
+                f"got {type(classifier).__name__}."
+            )
+
+
+def probabilities(classify: Classify, images: Tensor, target: Tensor) -> Tensor:
+    """softmax(logits) of the target classes: images [N,C,H,W] and target [N,K] to [N,K] in float64."""
+    logits = classify(images)
+    if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
+        raise ValueError(f"the classifier must return logits [{images.shape[0]}, classes], got {list(logits.shape)}.")
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise ValueError(
+            f"target classes must lie in 0..{logits.shape[1] - 1}, got {int(target.min())}..{int(target.max())}."
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError("the classifier returned NaN or infinite logits; check its weights and preprocessing.")
+    return logits.double().softmax(1).gather(1, target)
+
+
+def rows_per_batch(images: Tensor, batch_size: int, memory_budget: int | None) -> int:
+    """How many composed images are made at a time: `batch_size`, or fewer under `memory_budget` bytes.
+
+    Composing holds about four images a row: the image and the baseline gathered, their mixture, the ranks.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if memory_budget is None:
+        return batch_size
+    least = 4 * images.shape[1:].numel() * images.element_size()
+    if memory_budget < least:
+        raise ValueError(f"memory_budget is {memory_budget} bytes; one composed image needs {least}: give that much.")
+    return min(batch_size, memory_budget // least)
+
+
+def baseline_images(baseline: str | Tensor, images: Tensor, mean_colour: Tensor | None = None) -> Tensor:
+    """The image that stands for "nothing there", as [B,C,H,W] (expanded, not copied, where it is one colour).
+
+    `baseline`: "mean" (`mean_colour` [C], or the mean colour of `images`), "black" (zeros), "blur" (each image under a
+    Gaussian of sigma = 1/10 of its shorter side), or a tensor: a colour [C], an image [C,H,W], or one a row [B,C,H,W].
+    """
+    channels = images.shape[1]
+    if isinstance(baseline, Tensor):
+        chosen = baseline.to(images)
+    elif baseline == "mean" and mean_colour is not None:
+        chosen = torch.as_tensor(mean_colour).to(images)
+    elif baseline == "mean" and len(images):
+        chosen = images.mean((0, 2, 3))
+    elif baseline in ("mean", "black"):
+        chosen = images.new_zeros(channels)
+    elif baseline == "blur":
+        chosen = gaussian_blur(images, min(images.shape[2:]) / 10)
+    else:
+        raise ValueError(f'baseline must be "mean", "black", "blur" or a tensor, got {baseline!r}.')
+    if chosen.ndim == 1 and chosen.shape[0] == channels:
+        chosen = chosen[:, None, None]
+    elif chosen.ndim not in (3, 4) or chosen.shape[-3:] != images.shape[1:]:
+        raise ValueError(
+            f"a baseline must be a colour [{channels}], an image {list(images.shape[1:])} or a batch "
+            f"{list(images.shape)}, got {list(chosen.shape)}."
+        )
+    if chosen.ndim == 4 and chosen.shape[0] not in (1, images.shape[0]):
+        raise ValueError(f"a batch of baselines must have {images.shape[0]} images, got {chosen.shape[0]}.")
+    if not torch.isfinite(chosen).all():
+        raise ValueError("the baseline holds NaN or infinite values; it must be finite.")
+    return chosen.expand_as(images)
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian over the last two axes of [B,C,H,W], cut at 3 sigma, borders replicated."""
+    radius = max(1, round(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    batch, channels, height, width = images.shape
+    flat = images.reshape(batch * channels, 1, height, width)
+    flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1))
+    return flat.reshape(images.shape)
