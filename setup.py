@@ -1,11 +1,11 @@
 """Builds the compiled layer with CMakeLists.txt and puts it beside the package.
 
-    FINECF_BUILD=0               install the Python files alone; no compiler is needed
-    FINECF_CUDA=0|1|auto         without nvcc: no CUDA library | an error | a printed note (default: auto)
-    FINECF_CUDA_ARCHS=90,120     targets of the CUDA library
-    FINECF_BUILD_EMULATION=1     also `_finecf_emulated`, the host emulation of the CUDA kernels (tests only)
-    FINECF_EMULATION_SANITIZE=1  the same with ASan and UBSan, left in build/cmake/sanitized/
-    MAX_JOBS                     compiler processes at a time (default: the cores, at most 8)
+FINECF_BUILD=0               install the Python files alone; no compiler is needed
+FINECF_CUDA=0|1|auto         without nvcc: no CUDA library | an error | a printed note (default: auto)
+FINECF_CUDA_ARCHS=90,120     targets of the CUDA library
+FINECF_BUILD_EMULATION=1     also `_finecf_emulated`, the host emulation of the CUDA kernels (tests only)
+FINECF_EMULATION_SANITIZE=1  the same with ASan and UBSan, left in build/cmake/sanitized/
+MAX_JOBS                     compiler processes at a time (default: the cores, at most 8)
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def step(*command: str) -> None:
     status = subprocess.run(command, check=False).returncode
     if status != 0:
         raise SystemExit(
-            f"finecf: building the compiled layer failed ({Path(command[0]).name} ended with status {status}; the reason "
-            "stands above). FINECF_BUILD=0 installs without compiled operators"
+            f"finecf: building the compiled layer failed ({Path(command[0]).name} ended with status {status}; the "
+            "reason stands above). FINECF_BUILD=0 installs without compiled operators"
         )
 
 
