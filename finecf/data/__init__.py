@@ -1,6 +1,25 @@
 """Data: the synthetic birds, the digits of scikit-learn, and readers for what users have."""
 
 from finecf.data._bird_classes import PARTS
-from finecf.data.birds import BirdItem, BirdSettings, SyntheticBirds, config_hash
+from finecf.data._bird_drawing import BirdSettings
+from finecf.data.birds import BirdItem, SyntheticBirds, config_hash, images_to_tensor
+from finecf.data.cub import CUB200, CUBAnnotation
+from finecf.data.digits import Digits, digits
+from finecf.data.dogs import StanfordDogs
+from finecf.data.folders import ImageFolderDataset, LabelledImages
 
-__all__ = ["PARTS", "BirdItem", "BirdSettings", "SyntheticBirds", "config_hash"]
+__all__ = [
+    "CUB200",
+    "PARTS",
+    "BirdItem",
+    "BirdSettings",
+    "CUBAnnotation",
+    "Digits",
+    "ImageFolderDataset",
+    "LabelledImages",
+    "StanfordDogs",
+    "SyntheticBirds",
+    "config_hash",
+    "digits",
+    "images_to_tensor",
+]

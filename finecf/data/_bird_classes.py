@@ -1,7 +1,7 @@
 """The classes of SyntheticBirds: part attributes, families of look-alikes, and their names.
 
-A class is one attribute tuple for each of the nine parts. A family is a star: a base class, and siblings that change one part each,
-so that two classes of a family differ in exactly one part (base and sibling) or two (two siblings).
+A class is one attribute tuple for each of the nine parts. A family is a star: a base class, and siblings that change
+one part each, so that two classes of a family differ in exactly one part (base and sibling) or two (two siblings).
 """
 
 from __future__ import annotations
@@ -150,8 +150,18 @@ _CURATED = (
 
 _BODY_COLOURS = ("teal", "violet", "brown", "slate", "moss", "crimson", "charcoal", "sky", "orange", "buff")
 _NOUNS = ("finch", "thrush", "flycatcher", "tanager", "grosbeak", "vireo", "sparrow", "starling", "oriole", "wren")
-_DARKER = {"teal": "navy", "violet": "charcoal", "brown": "charcoal", "slate": "charcoal", "moss": "brown", "crimson": "brown"}
-_DARKER |= {"charcoal": "black", "sky": "slate", "orange": "charcoal", "buff": "brown"}
+_DARKER = {
+    "teal": "navy",
+    "violet": "charcoal",
+    "brown": "charcoal",
+    "slate": "charcoal",
+    "moss": "brown",
+    "crimson": "brown",
+    "charcoal": "black",
+    "sky": "slate",
+    "orange": "charcoal",
+    "buff": "brown",
+}
 
 
 def _siblings_of(base: dict[str, Attributes]) -> list[tuple[str, str, Attributes]]:
@@ -178,7 +188,9 @@ def _siblings_of(base: dict[str, Attributes]) -> list[tuple[str, str, Attributes
 
 
 def _generated(index: int) -> _Family:
-    """Family `index` (counted from the curated ones on): body colour and noun name it, a fixed seed chooses the rest."""
+    """Family `index` (counted from the curated ones on): body colour and noun name it, a fixed seed chooses the
+    rest.
+    """
     rng = np.random.default_rng([20240229, index])
     colour = _BODY_COLOURS[index % len(_BODY_COLOURS)]
     noun = _NOUNS[(index + index // len(_BODY_COLOURS)) % len(_NOUNS)]
@@ -210,7 +222,9 @@ def _generated(index: int) -> _Family:
 
 @lru_cache(maxsize=1)
 def all_classes() -> tuple[BirdClass, ...]:
-    """All 200 classes; the first 20 (five families) are the default set. Any number of classes is a prefix of this table."""
+    """All 200 classes; the first 20 (five families) are the default set. Any number of classes is a prefix of this
+    table.
+    """
     families = [*_CURATED, *(_generated(index) for index in range(MAX_CLASSES // FAMILY_SIZE - len(_CURATED)))]
     classes: list[BirdClass] = []
     for number, family in enumerate(families):

@@ -1,9 +1,10 @@
-"""Draws one synthetic bird: a scene (pose, light, background, disturbances) plus the parts of a class give pixels and a part map.
+"""Draws one synthetic bird: a scene (pose, light, background, disturbances) plus the parts of a class give pixels
+and a part map.
 
-The canvas is RGBA and twice the size asked for. Alpha does not mean opacity here: every stroke writes the number of its part there, so one
-pass of drawing gives the picture and the map of visible parts. Lengths are in bird units (the body is about one unit long; x forward, y down)
-and go through an affine frame to pixels. A scene knows nothing of classes, so the same scene with another class's parts is the same bird
-in the same place: the counterfactual picture.
+The canvas is RGBA and twice the size asked for. Alpha does not mean opacity here: every stroke writes the number of
+its part there, so one pass of drawing gives the picture and the map of visible parts. Lengths are in bird units (the
+body is about one unit long; x forward, y down) and go through an affine frame to pixels. A scene knows nothing of
+classes, so the same scene with another class's parts is the same bird in the same place: the counterfactual picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ._bird_classes import PARTS, BirdClass
+from finecf.data._bird_classes import PARTS, BirdClass
 
 Colour = tuple[float, float, float]
 Points = np.ndarray
@@ -53,11 +54,13 @@ PALETTE: dict[str, Colour] = {
 
 @dataclass(frozen=True)
 class BirdSettings:
-    """What the generator draws from. Any change changes `config_hash`; the shipped checkpoint belongs to the default values.
+    """What the generator draws from. Any change changes `config_hash`; the shipped checkpoint belongs to the default
+    values.
 
-    Shares are probabilities; ranges are (low, high) of uniform draws; lengths are shares of the picture's side, angles degrees, noise in
-    grey levels of 255. `marking` is the Beta distribution (a, b) of how strongly the telling attributes of a part are marked on one bird,
-    and `marking_floor` the least of it: real birds, too, show a wing bar more or less clearly.
+    Shares are probabilities; ranges are (low, high) of uniform draws; lengths are shares of the picture's side,
+    angles degrees, noise in grey levels of 255. `marking` is the Beta distribution (a, b) of how strongly the
+    telling attributes of a part are marked on one bird, and `marking_floor` the least of it: real birds, too, show a
+    wing bar more or less clearly.
     """
 
     version: int = 1
@@ -85,10 +88,11 @@ class BirdSettings:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything of one picture but its class: pose, size and place, light, marking strengths, and the seeds of textures and noise.
+    """Everything of one picture but its class: pose, size and place, light, marking strengths, and the seeds of
+    textures and noise.
 
-    Angles are radians; `scale` is pixels per bird unit over the picture's side, `centre` a share of the side; per-part values are in the
-    order of `PARTS`.
+    Angles are radians; `scale` is pixels per bird unit over the picture's side, `centre` a share of the side;
+    per-part values are in the order of `PARTS`.
     """
 
     seed: int
@@ -197,58 +201,109 @@ def ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0.0, n: int 
     return np.stack([x + u * c - v * s, y + u * s + v * c], axis=1)
 
 
+# fmt: off
 # Outlines in bird units. The body's origin is its middle; head, beak, tail and wing have origins where they are joined.
-BODY = spline(
-    [(0.47, -0.20), (0.49, 0.00), (0.38, 0.20), (0.14, 0.30), (-0.16, 0.26), (-0.42, 0.13), (-0.60, 0.04), (-0.62, -0.06)]
-    + [(-0.40, -0.15), (-0.12, -0.24), (0.10, -0.33), (0.24, -0.45), (0.42, -0.40)]
-)
-BELLY = spline(
-    [(0.465, -0.17), (0.475, 0.00), (0.37, 0.185), (0.14, 0.285), (-0.16, 0.245), (-0.40, 0.115), (-0.10, 0.12), (0.14, 0.07), (0.29, -0.04)]
-    + [(0.36, -0.16)]
-)
-BAND = spline([(0.475, -0.09), (0.487, 0.03), (0.40, 0.075), (0.27, 0.02), (0.23, -0.03), (0.30, -0.09), (0.39, -0.045)])
-SHADE = spline([(0.33, 0.235), (0.14, 0.30), (-0.16, 0.26), (-0.42, 0.13), (-0.58, 0.035), (-0.40, 0.06), (-0.14, 0.19), (0.12, 0.235)])
+BODY = spline([
+    (0.47, -0.20), (0.49, 0.00), (0.38, 0.20), (0.14, 0.30), (-0.16, 0.26), (-0.42, 0.13), (-0.60, 0.04),
+    (-0.62, -0.06),
+    (-0.40, -0.15), (-0.12, -0.24), (0.10, -0.33), (0.24, -0.45), (0.42, -0.40),
+])
+BELLY = spline([
+    (0.465, -0.17), (0.475, 0.00), (0.37, 0.185), (0.14, 0.285), (-0.16, 0.245), (-0.40, 0.115),
+    (-0.10, 0.12), (0.14, 0.07),
+    (0.29, -0.04), (0.36, -0.16),
+])
+BAND = spline([
+    (0.475, -0.09), (0.487, 0.03), (0.40, 0.075), (0.27, 0.02), (0.23, -0.03), (0.30, -0.09), (0.39, -0.045),
+])
+SHADE = spline([
+    (0.33, 0.235), (0.14, 0.30), (-0.16, 0.26), (-0.42, 0.13), (-0.58, 0.035), (-0.40, 0.06), (-0.14, 0.19),
+    (0.12, 0.235),
+])
 HEAD = ellipse(0.10, -0.10, 0.205, 0.185, -0.1, 28)
-CAP = spline([(-0.09, -0.13), (-0.04, -0.235), (0.08, -0.285), (0.20, -0.25), (0.285, -0.16), (0.17, -0.165), (0.04, -0.165)])
-MASK = spline([(-0.09, -0.06), (-0.02, -0.135), (0.12, -0.185), (0.26, -0.155), (0.30, -0.11), (0.20, -0.065), (0.06, -0.055)])
-WING = spline(
-    [(0.24, -0.08), (0.14, -0.20), (-0.06, -0.215), (-0.32, -0.13), (-0.60, -0.01), (-0.76, 0.085), (-0.50, 0.115), (-0.22, 0.145), (0.04, 0.12)]
-    + [(0.20, 0.04)]
-)
-WING_TIP = spline([(-0.30, -0.02), (-0.60, 0.005), (-0.755, 0.083), (-0.50, 0.11), (-0.30, 0.125)])
+CAP = spline([
+    (-0.09, -0.13), (-0.04, -0.235), (0.08, -0.285), (0.20, -0.25), (0.285, -0.16), (0.17, -0.165), (0.04, -0.165),
+])
+MASK = spline([
+    (-0.09, -0.06), (-0.02, -0.135), (0.12, -0.185), (0.26, -0.155), (0.30, -0.11), (0.20, -0.065), (0.06, -0.055),
+])
+WING = spline([
+    (0.24, -0.08), (0.14, -0.20), (-0.06, -0.215), (-0.32, -0.13), (-0.60, -0.01), (-0.76, 0.085),
+    (-0.50, 0.115), (-0.22, 0.145),
+    (0.04, 0.12), (0.20, 0.04),
+])
+WING_TIP = spline([
+    (-0.30, -0.02), (-0.60, 0.005), (-0.755, 0.083), (-0.50, 0.11), (-0.30, 0.125),
+])
 BARS = (
     spline([(0.07, -0.20), (0.115, -0.19), (0.10, -0.04), (0.045, 0.11), (-0.005, 0.105), (0.045, -0.05)]),
     spline([(-0.13, -0.19), (-0.08, -0.20), (-0.09, -0.03), (-0.15, 0.125), (-0.205, 0.12), (-0.145, -0.03)]),
 )
-PATCH = spline([(-0.02, -0.10), (-0.10, -0.13), (-0.26, -0.06), (-0.34, 0.02), (-0.24, 0.06), (-0.10, 0.02)])
+PATCH = spline([
+    (-0.02, -0.10), (-0.10, -0.13), (-0.26, -0.06), (-0.34, 0.02), (-0.24, 0.06), (-0.10, 0.02),
+])
 FEATHERS = (
     np.array([(-0.06, 0.03), (-0.30, 0.06), (-0.62, 0.085)]),
     np.array([(-0.08, -0.04), (-0.34, 0.01), (-0.66, 0.075)]),
     np.array([(-0.10, -0.11), (-0.34, -0.05), (-0.62, 0.045)]),
 )
-SPOTS = np.array([(0.41, -0.06), (0.34, 0.05), (0.43, 0.06), (0.24, 0.12), (0.34, 0.15), (0.14, 0.18), (0.23, 0.225), (0.03, 0.16), (0.08, 0.25)])
-SPOTS = np.concatenate([SPOTS, [(-0.07, 0.19), (-0.03, 0.25), (-0.17, 0.17), (-0.16, 0.225), (0.40, -0.13)]])
+SPOTS = np.array([
+    (0.41, -0.06), (0.34, 0.05), (0.43, 0.06), (0.24, 0.12), (0.34, 0.15), (0.14, 0.18), (0.23, 0.225), (0.03, 0.16),
+    (0.08, 0.25), (-0.07, 0.19), (-0.03, 0.25), (-0.17, 0.17), (-0.16, 0.225), (0.40, -0.13),
+])
 
-# Upper edge from the base to the tip, then lower edge back; x in beak lengths, y in units. All shapes have eight points, so that a weakly
-# marked beak lies between its shape and the plain one.
+# Upper edge from the base to the tip, then lower edge back; x in beak lengths, y in units. All shapes have eight
+# points, so that a weakly marked beak lies between its shape and the plain one.
 BEAKS: dict[str, tuple[float, Points]] = {
-    "plain": (0.24, np.array([(0, -0.065), (0.35, -0.05), (0.7, -0.025), (1, 0.005), (1, 0.01), (0.7, 0.025), (0.35, 0.045), (0, 0.06)])),
-    "cone": (0.20, np.array([(0, -0.10), (0.35, -0.085), (0.7, -0.04), (1, 0.01), (1, 0.015), (0.7, 0.05), (0.35, 0.08), (0, 0.09)])),
-    "dagger": (0.32, np.array([(0, -0.05), (0.35, -0.035), (0.7, -0.018), (1, 0.0), (1, 0.004), (0.7, 0.016), (0.35, 0.03), (0, 0.045)])),
-    "hook": (0.26, np.array([(0, -0.08), (0.4, -0.085), (0.85, -0.05), (1.06, 0.06), (0.97, 0.10), (0.80, 0.03), (0.4, 0.045), (0, 0.06)])),
-    "decurved": (0.36, np.array([(0, -0.055), (0.4, -0.045), (0.8, 0.02), (1, 0.13), (0.97, 0.14), (0.75, 0.06), (0.4, 0.01), (0, 0.045)])),
+    "plain": (0.24, np.array([
+        (0, -0.065), (0.35, -0.05), (0.7, -0.025), (1, 0.005),
+        (1, 0.01), (0.7, 0.025), (0.35, 0.045), (0, 0.06),
+    ])),
+    "cone": (0.20, np.array([
+        (0, -0.10), (0.35, -0.085), (0.7, -0.04), (1, 0.01),
+        (1, 0.015), (0.7, 0.05), (0.35, 0.08), (0, 0.09),
+    ])),
+    "dagger": (0.32, np.array([
+        (0, -0.05), (0.35, -0.035), (0.7, -0.018), (1, 0.0),
+        (1, 0.004), (0.7, 0.016), (0.35, 0.03), (0, 0.045),
+    ])),
+    "hook": (0.26, np.array([
+        (0, -0.08), (0.4, -0.085), (0.85, -0.05), (1.06, 0.06),
+        (0.97, 0.10), (0.80, 0.03), (0.4, 0.045), (0, 0.06),
+    ])),
+    "decurved": (0.36, np.array([
+        (0, -0.055), (0.4, -0.045), (0.8, 0.02), (1, 0.13),
+        (0.97, 0.14), (0.75, 0.06), (0.4, 0.01), (0, 0.045),
+    ])),
 }
 # x in tail lengths backwards from the rump, y in units: outline with seven points.
 TAILS: dict[str, tuple[float, Points]] = {
-    "square": (0.42, np.array([(0, -0.07), (0.5, -0.085), (1, -0.10), (1.0, 0.0), (1, 0.10), (0.5, 0.085), (0, 0.07)])),
-    "forked": (0.47, np.array([(0, -0.07), (0.5, -0.095), (1.1, -0.17), (0.58, 0.0), (1.1, 0.17), (0.5, 0.095), (0, 0.07)])),
-    "pointed": (0.45, np.array([(0, -0.07), (0.5, -0.095), (0.75, -0.08), (1.15, 0.0), (0.75, 0.08), (0.5, 0.095), (0, 0.07)])),
-    "long": (0.66, np.array([(0, -0.06), (0.5, -0.065), (1, -0.075), (1.03, 0.0), (1, 0.075), (0.5, 0.065), (0, 0.06)])),
+    "square": (0.42, np.array([
+        (0, -0.07), (0.5, -0.085), (1, -0.10), (1.0, 0.0),
+        (1, 0.10), (0.5, 0.085), (0, 0.07),
+    ])),
+    "forked": (0.47, np.array([
+        (0, -0.07), (0.5, -0.095), (1.1, -0.17), (0.58, 0.0),
+        (1.1, 0.17), (0.5, 0.095), (0, 0.07),
+    ])),
+    "pointed": (0.45, np.array([
+        (0, -0.07), (0.5, -0.095), (0.75, -0.08), (1.15, 0.0),
+        (0.75, 0.08), (0.5, 0.095), (0, 0.07),
+    ])),
+    "long": (0.66, np.array([
+        (0, -0.06), (0.5, -0.065), (1, -0.075), (1.03, 0.0),
+        (1, 0.075), (0.5, 0.065), (0, 0.06),
+    ])),
 }
 CRESTS: dict[str, Points] = {
-    "swept": spline([(0.20, -0.25), (0.06, -0.31), (-0.12, -0.34), (-0.28, -0.33), (-0.16, -0.24), (-0.07, -0.12), (0.06, -0.16)], 3),
-    "fan": spline([(0.22, -0.23), (0.22, -0.36), (0.12, -0.46), (0.00, -0.44), (-0.06, -0.34), (-0.06, -0.20), (0.08, -0.18)], 3),
+    "swept": spline([
+        (0.20, -0.25), (0.06, -0.31), (-0.12, -0.34), (-0.28, -0.33), (-0.16, -0.24), (-0.07, -0.12), (0.06, -0.16),
+    ], steps=3),
+    "fan": spline([
+        (0.22, -0.23), (0.22, -0.36), (0.12, -0.46), (0.00, -0.44), (-0.06, -0.34), (-0.06, -0.20), (0.08, -0.18),
+    ], steps=3),
 }
+# fmt: on
 NECK, RUMP, SHOULDER, BEAK_BASE, EYE = (0.30, -0.27), (-0.55, -0.005), (0.10, -0.05), (0.285, -0.085), (0.165, -0.125)
 KEYPOINTS: dict[str, tuple[str, tuple[float, float]]] = {
     "body": ("bird", (-0.02, -0.262)),
@@ -299,7 +354,9 @@ class _Pen:
         xy = (points @ frame[:, :2].T + frame[:, 2]).ravel().tolist()
         self.draw.polygon(xy, fill=self._fill(colour, part))
         if edge:
-            self.draw.line(xy + xy[:2], fill=self._fill(_dim(colour, 0.62), part), width=max(1, round(edge * self.unit)))
+            self.draw.line(
+                xy + xy[:2], fill=self._fill(_dim(colour, 0.62), part), width=max(1, round(edge * self.unit))
+            )
 
     def line(self, frame: np.ndarray, points: Points, colour: Colour, part: int, width: float) -> None:
         """Strokes an open line, `width` units wide."""
@@ -308,7 +365,9 @@ class _Pen:
 
 
 class _Frames:
-    """The affine frames of a scene on a canvas of `side` pixels: of the bird, and of the parts that turn on their own."""
+    """The affine frames of a scene on a canvas of `side` pixels: of the bird, and of the parts that turn on their
+    own.
+    """
 
     def __init__(self, scene: Scene, side: int) -> None:
         self.unit = scene.scale * side
@@ -321,7 +380,12 @@ class _Frames:
         self.head = _within(self.bird, _frame(*NECK, scene.head_turn, turned))
         self.tail = _within(self.bird, _frame(*RUMP, scene.tail_turn, -1.0))
         self.wing = _within(self.bird, _frame(*SHOULDER, scene.wing_turn))
-        self.beak_size, self.tail_size, self.eye_size, self.crest_size = size["beak"], size["tail"], size["eye"], size["crest"]
+        self.beak_size, self.tail_size, self.eye_size, self.crest_size = (
+            size["beak"],
+            size["tail"],
+            size["eye"],
+            size["crest"],
+        )
 
     def of(self, name: str) -> np.ndarray:
         """The frame a key point is given in."""
@@ -352,7 +416,17 @@ class _Painter:
 
     def paint(self) -> None:
         """All parts, from the farthest to the nearest."""
-        for part in (self.tail, self.legs, self.body, self.breast, self.wing, self.crest, self.head, self.beak, self.eye):
+        for part in (
+            self.tail,
+            self.legs,
+            self.body,
+            self.breast,
+            self.wing,
+            self.crest,
+            self.head,
+            self.beak,
+            self.eye,
+        ):
             part()
 
     def tail(self) -> None:
@@ -376,13 +450,13 @@ class _Painter:
         colour = _mix(PALETTE["charcoal"], self.colour("legs", self.bird.parts["legs"][0]), self.marking["legs"])
         c, s = math.cos(self.pitch), math.sin(self.pitch)
         for x, shade in ((0.12, 0.8), (0.01, 1.0)):
-            hip = np.array([x * c - 0.24 * s, x * s + 0.24 * c])  # the hip turns with the body, the foot stays on the perch
+            hip = np.array([x * c - 0.24 * s, x * s + 0.24 * c])  # turns with the body; the foot stays on the perch
             foot = np.array([x + 0.02, 0.50])
             knee = (hip + foot) / 2 + np.array([-0.035, 0.0])
             tone = _dim(colour, shade)
             self.pen.line(self.frames.upright, np.stack([hip, knee, foot]), tone, number, 0.036)
             for dx, dy in ((0.10, 0.015), (0.07, 0.045), (-0.06, 0.03)):
-                self.pen.line(self.frames.upright, np.stack([foot, foot + (dx, dy)]), tone, number, 0.03)
+                self.pen.line(self.frames.upright, np.stack([foot, foot + np.array([dx, dy])]), tone, number, 0.03)
 
     def body(self) -> None:
         number = PART_NUMBER["body"]
@@ -470,8 +544,15 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
     above, below = PALETTE[_SKIES[int(rng.integers(4))]], PALETTE[_GREENS[int(rng.integers(4))]]
     horizon = float(rng.uniform(0.1, 0.9))
     blend = np.clip((np.linspace(0, 1, 12) - horizon) * 2.2 + 0.5, 0, 1)[:, None, None]
-    field = (1 - blend) * np.array(above) + blend * np.array(below) + rng.normal(0, 15, (12, 12, 1)) + rng.normal(0, 7, (12, 12, 3))
-    coarse = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8), "RGB").resize((side, side), Image.Resampling.BICUBIC)
+    field = (
+        (1 - blend) * np.array(above)
+        + blend * np.array(below)
+        + rng.normal(0, 15, (12, 12, 1))
+        + rng.normal(0, 7, (12, 12, 3))
+    )
+    coarse = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8), "RGB").resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     coarse.putalpha(0)
     return coarse
 
@@ -479,14 +560,25 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
 def _leaf(pen: _Pen, side: int, rng: np.random.Generator, x: float, y: float, length: float) -> None:
     """A leaf with its stem at (x, y), shares of the side."""
     turn = float(rng.uniform(0, 2 * math.pi))
-    green = _mix(PALETTE["moss"], PALETTE[("olive", "yellow", "rufous", "teal")[int(rng.integers(4))]], float(rng.uniform(0.0, 0.5)))
+    green = _mix(
+        PALETTE["moss"],
+        PALETTE[("olive", "yellow", "rufous", "teal")[int(rng.integers(4))]],
+        float(rng.uniform(0.0, 0.5)),
+    )
     frame = _frame(x * side, y * side, turn, length * side, length * side)
     blade = spline([(0, 0), (0.3, -0.2), (0.65, -0.19), (1, 0), (0.65, 0.19), (0.3, 0.2)], 3)
     pen.shape(frame, blade, green, 0)
     pen.line(frame, np.array([(0.0, 0.0), (0.9, 0.0)]), _dim(green, 0.75), 0, 0.012)
 
 
-def _branch(pen: _Pen, frame: np.ndarray, rng: np.random.Generator, start: tuple[float, float], end: tuple[float, float], width: float) -> None:
+def _branch(
+    pen: _Pen,
+    frame: np.ndarray,
+    rng: np.random.Generator,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    width: float,
+) -> None:
     """A branch from start to end in the units of `frame`, with a lighter upper side."""
     brown = _mix(PALETTE["brown"], PALETTE["grey"], float(rng.uniform(0.0, 0.6)))
     along = np.linspace(np.array(start), np.array(end), 5)
@@ -498,7 +590,8 @@ def _branch(pen: _Pen, frame: np.ndarray, rng: np.random.Generator, start: tuple
 def _distractors(pen: _Pen, frames: _Frames, side: int, rng: np.random.Generator) -> None:
     """What lies behind the bird: out-of-focus lights, branches, leaves, and the perch under its feet."""
     for _ in range(int(rng.integers(2, 6))):
-        x, y, radius = rng.uniform(0, side, 2).tolist() + [float(rng.uniform(0.03, 0.12)) * side]
+        x, y = rng.uniform(0, side, 2).tolist()
+        radius = float(rng.uniform(0.03, 0.12)) * side
         tone = _mix(PALETTE[_GREENS[int(rng.integers(4))]], PALETTE["white"], float(rng.uniform(0.1, 0.6)))
         pen.shape(_frame(x, y, 0.0, radius, radius), ellipse(0, 0, 1, 1, n=16), tone, 0)
     whole = _frame(0.0, 0.0, 0.0, side, side)
@@ -542,11 +635,12 @@ def _expose(picture: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.n
 def draw_bird(scene: Scene, bird: BirdClass, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws a class into a scene.
 
-    Returns the picture, uint8 [size,size,3], and the part map, uint8 [size,size]: the number of the part that is visible at each pixel
-    (`PART_NUMBER`), 0 where there is none.
+    Returns the picture, uint8 [size,size,3], and the part map, uint8 [size,size]: the number of the part that is
+    visible at each pixel (`PART_NUMBER`), 0 where there is none.
     """
     side = size * SUPERSAMPLING
-    # One stream each for background, occluders and noise: none depends on how much of another was drawn, nor on the class.
+    # One stream each for background, occluders and noise: none depends on how much of another was drawn, nor on the
+    # class.
     behind, front, sensor = (np.random.default_rng([scene.seed, stream]) for stream in (1, 2, 3))
     canvas = _background(behind, side)
     frames = _Frames(scene, side)

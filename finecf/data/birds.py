@@ -1,8 +1,9 @@
 """SyntheticBirds: a fine-grained data set in which the right explanation is known.
 
-Birds are drawn from parts. Classes come in families of look-alikes that differ in one or two parts, so `differing_parts(p, q)` answers
-"why p rather than q" exactly, and `redraw(item, q)` shows the same bird in the same place with q's parts: the true counterfactual picture.
-Pictures are confusable on purpose (occlusion, noise, rare poses, weak markings), and a share of the training labels is flipped within the family.
+Birds are drawn from parts. Classes come in families of look-alikes that differ in one or two parts, so
+`differing_parts(p, q)` answers "why p rather than q" exactly, and `redraw(item, q)` shows the same bird in the same
+place with q's parts: the true counterfactual picture. Pictures are confusable on purpose (occlusion, noise, rare
+poses, weak markings), and a share of the training labels is flipped within the family.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from . import _bird_drawing as drawing
-from ._bird_classes import FAMILY_SIZE, FIELDS, MAX_CLASSES, PARTS, BirdClass, all_classes, differing
-from ._bird_drawing import PART_NUMBER, BirdSettings, Scene, draw_bird, key_points, sample_scene
+from finecf.data import _bird_drawing as drawing
+from finecf.data._bird_classes import FIELDS, MAX_CLASSES, PARTS, BirdClass, all_classes, differing
+from finecf.data._bird_drawing import PART_NUMBER, BirdSettings, Scene, draw_bird, key_points, sample_scene
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SIZES = {"train": 12_000, "val": 1_000, "test": 4_000}
@@ -32,26 +33,26 @@ Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
 
+def _plain(value: object) -> object:
+    """A table of the drawing as JSON can hold it, rounded so that it is the same on every machine."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return np.round(value, 6).tolist() if isinstance(value, np.ndarray) else value
+
+
 def config_hash(settings: BirdSettings = DEFAULT_SETTINGS) -> str:
-    """Hex digest (16 characters) of all that decides what is drawn: the settings, the class table, the palette and the outlines.
+    """Hex digest (16 characters) of all that decides what is drawn: the settings, the class table, the palette and
+    the outlines.
 
     A checkpoint records it; pictures of two generators with one hash come from one distribution.
     """
-    outlines = {
-        name: np.round(value, 6).tolist() for name, value in sorted(vars(drawing).items()) if name.isupper() and isinstance(value, np.ndarray)
-    }
-    shaped = {
-        name: {k: (v.tolist() if isinstance(v, np.ndarray) else [v[0], v[1].tolist()]) for k, v in table.items()}
-        for name, table in (("beaks", drawing.BEAKS), ("tails", drawing.TAILS))
-    }
-    shaped["crests"] = {k: np.round(v, 6).tolist() for k, v in drawing.CRESTS.items()}
+    tables = {name: _plain(value) for name, value in vars(drawing).items() if name.isupper()}
     described = {
         "settings": asdict(settings),
         "classes": [[c.name, c.family, [list(c.parts[part]) for part in PARTS]] for c in all_classes()],
-        "palette": drawing.PALETTE,
-        "outlines": outlines,
-        "shapes": shaped,
-        "key points": drawing.KEYPOINTS,
+        "tables": tables,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -61,11 +62,13 @@ class BirdItem:
     """One picture and all that is known about it.
 
     image: uint8 [H,W,3], RGB.
-    label: the class a model is trained and tested with. It differs from `drawn_label` only where the training split flips it.
+    label: the class a model is trained and tested with. It differs from `drawn_label` only where the training split
+        flips it.
     drawn_label: the class whose parts are drawn.
     part_map: uint8 [H,W], the number of the visible part at each pixel (its position in `PARTS` plus one), 0 for none.
     keypoints: (x, y) in pixels of each part, None where it is not visible.
-    box: (left, top, right, bottom) of the visible bird in pixels, right and bottom exclusive; four zeros where none of it is visible.
+    box: (left, top, right, bottom) of the visible bird in pixels, right and bottom exclusive; four zeros where none
+        of it is visible.
     params: the scene: pose, place, light, marking strengths (plain values).
     seed: redraws the picture to the bit, with `SyntheticBirds.draw(seed, drawn_label)` of the same size and settings.
     source: a name that `SyntheticBirds.find` turns into the index again.
@@ -159,7 +162,9 @@ class SyntheticBirds(Dataset[BirdItem]):
     @property
     def families(self) -> list[list[int]]:
         """The labels of each family of look-alikes."""
-        return [[label for label, c in enumerate(self.classes) if c.family == f] for f in range(self.classes[-1].family + 1)]
+        return [
+            [label for label, c in enumerate(self.classes) if c.family == f] for f in range(self.classes[-1].family + 1)
+        ]
 
     def family_of(self, label: int | str) -> int:
         """The number of the family a class belongs to."""
@@ -181,7 +186,9 @@ class SyntheticBirds(Dataset[BirdItem]):
         return {part: dict(zip(FIELDS[part], parts[part], strict=True)) for part in PARTS}
 
     def differing_parts(self, p: int | str, q: int | str) -> tuple[str, ...]:
-        """Names of the parts that tell class p from class q: the true answer to "why p rather than q". Empty when p is q."""
+        """Names of the parts that tell class p from class q: the true answer to "why p rather than q". Empty when p
+        is q.
+        """
         return differing(self.classes[self.class_index(p)], self.classes[self.class_index(q)])
 
     def config_hash(self) -> str:
@@ -202,7 +209,9 @@ class SyntheticBirds(Dataset[BirdItem]):
         return self._checked(index) % len(self.classes)
 
     def label(self, index: int) -> int:
-        """The label of item `index`. In the training split a share of labels is flipped to another class of the family."""
+        """The label of item `index`. In the training split a share of labels is flipped to another class of the
+        family.
+        """
         index = self._checked(index)
         drawn = self.drawn_label(index)
         if self.split != "train":
@@ -232,7 +241,9 @@ class SyntheticBirds(Dataset[BirdItem]):
         image, part_map = draw_bird(scene, self.classes[drawn], self.size)
         rows, columns = np.flatnonzero(part_map.any(1)), np.flatnonzero(part_map.any(0))
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
-        return BirdItem(image, label, drawn, part_map, key_points(scene, part_map), box, scene.to_dict(), scene.seed, source)
+        return BirdItem(
+            image, label, drawn, part_map, key_points(scene, part_map), box, scene.to_dict(), scene.seed, source
+        )
 
     def draw(self, seed: int, label: int | str) -> BirdItem:
         """The bird of a seed as a class: to the bit the item that has this seed and class."""
@@ -240,7 +251,9 @@ class SyntheticBirds(Dataset[BirdItem]):
         return self._item(sample_scene(seed, self.settings), drawn, drawn, "")
 
     def redraw(self, item: BirdItem, label: int | str) -> BirdItem:
-        """The same bird, pose, background and noise with another class's parts: the true counterfactual picture of `item`."""
+        """The same bird, pose, background and noise with another class's parts: the true counterfactual picture of
+        `item`.
+        """
         drawn = self.class_index(label)
         return self._item(Scene.from_dict(item.params), drawn, drawn, "")
 
@@ -250,7 +263,9 @@ class SyntheticBirds(Dataset[BirdItem]):
         return self._item(scene, self.drawn_label(index), self.label(index), self.source(index))
 
     def _draw_image(self, index: int) -> np.ndarray:
-        return draw_bird(sample_scene(self._seed_of(index), self.settings), self.classes[self.drawn_label(index)], self.size)[0]
+        return draw_bird(
+            sample_scene(self._seed_of(index), self.settings), self.classes[self.drawn_label(index)], self.size
+        )[0]
 
     def as_tensor(self, index: int) -> tuple[torch.Tensor, int, str]:
         """Item `index` as (float32 [3,H,W] in [0,1], label, source)."""
@@ -263,7 +278,9 @@ class SyntheticBirds(Dataset[BirdItem]):
         return TensorView(self)
 
     def _cache_file(self, folder: Path) -> Path:
-        return folder / f"birds-{self.config_hash()}-{self.split}-{self.seed}-{len(self.classes)}-{self.size}-{self.n}.npy"
+        return (
+            folder / f"birds-{self.config_hash()}-{self.split}-{self.seed}-{len(self.classes)}-{self.size}-{self.n}.npy"
+        )
 
     def _draw_all(self, workers: int, progress: Progress | None) -> np.ndarray:
         images = np.empty((self.n, self.size, self.size, 3), dtype=np.uint8)
@@ -279,7 +296,8 @@ class SyntheticBirds(Dataset[BirdItem]):
     def images(self, workers: int = 0, progress: Progress | None = None) -> np.ndarray:
         """All pictures: uint8 [n,H,W,3], drawn by `workers` processes beside this one (0: in this one).
 
-        With a cache folder they are read from it (and written there the first time). The pictures do not depend on `workers`.
+        With a cache folder they are read from it (and written there the first time). The pictures do not depend on
+        `workers`.
         """
         if self._mapped is not None:
             return self._mapped
