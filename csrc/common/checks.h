@@ -94,7 +94,7 @@ inline void check_range(const char* op, const char* name, const Tensor& tensor, 
   }
 }
 
-inline Tensor contiguous(const Tensor& tensor) {
+inline Tensor to_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
