@@ -78,7 +78,7 @@ def _load_cpu(library: _Library) -> None:
             f"{library.path.name} was not built (installed with FINECF_BUILD=0, or from source files alone)"
         )
         return
-    library.reason = _open(library.path)
+    library.reason = _open(library.path, "CPU")
     if library.reason:
         return
     handle = ctypes.CDLL(str(library.path))
@@ -102,16 +102,23 @@ def _load_cuda(library: _Library) -> None:
     elif not _libraries["cpu"].loaded:
         library.reason = "it needs the operator schemas of _C.so, which is not loaded"
     else:
-        library.reason = _cuda_mismatch(cuda_version_of(library.path), torch_cuda) or _open(library.path)
+        library.reason = _cuda_mismatch(cuda_version_of(library.path), torch_cuda) or _open(library.path, "CUDA")
         library.loaded = not library.reason
 
 
-def _open(path: Path) -> str:
-    """Load a library into torch; return the reason when it does not load, else an empty string."""
+def _open(path: Path, dispatch_key: str) -> str:
+    """Load a library into torch; return the reason when it does not serve, else an empty string."""
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load: {error}"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    try:
+        absent = [name for name in OPERATORS if not has_kernel(f"finecf::{name}", dispatch_key)]
+    except RuntimeError as error:
+        return f"{path.name} was built from other sources than this version of finecf: build it again ({error})"
+    if absent:
+        return f"{path.name} was built from other sources, it has no kernel for {', '.join(absent)}: build it again"
     return ""
 
 
