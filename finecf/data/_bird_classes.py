@@ -99,11 +99,11 @@ _CURATED = (
             "crest": ("swept", "blue"),
             "wing": ("navy", "patch", "white"),
             "tail": ("square", "navy", "navy"),
-            "breast": ("silver", "plain", "charcoal"),
+            "breast": ("silver", "plain", "black"),
             "legs": ("charcoal",),
         },
         (
-            ("collared", "breast", ("silver", "band", "charcoal")),
+            ("collared", "breast", ("silver", "band", "black")),
             ("fan-crested", "crest", ("fan", "blue")),
             ("hook-billed", "beak", ("hook", "charcoal")),
         ),

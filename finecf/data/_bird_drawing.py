@@ -64,24 +64,24 @@ class BirdSettings:
     """
 
     version: int = 1
-    scale: tuple[float, float] = (0.36, 0.47)
-    shift: float = 0.07
+    scale: tuple[float, float] = (0.40, 0.49)
+    shift: float = 0.06
     pitch: tuple[float, float] = (-16.0, 16.0)
     head_turn: tuple[float, float] = (-16.0, 14.0)
     tail_turn: tuple[float, float] = (-14.0, 18.0)
     wing_turn: tuple[float, float] = (-7.0, 7.0)
     rare_pose: float = 0.10
-    colour_jitter: float = 11.0
-    marking: tuple[float, float] = (1.8, 1.1)
-    marking_floor: float = 0.12
+    colour_jitter: float = 9.0
+    marking: tuple[float, float] = (2.0, 1.0)
+    marking_floor: float = 0.2
     size_jitter: float = 0.12
     light: tuple[float, float] = (0.78, 1.15)
     light_gradient: float = 0.22
     tint: float = 0.05
-    noise: tuple[float, float] = (2.0, 13.0)
+    noise: tuple[float, float] = (2.0, 10.0)
     blur: float = 0.25
     blur_radius: tuple[float, float] = (0.3, 0.75)
-    occlusion: float = 0.45
+    occlusion: float = 0.4
     occluders: int = 2
     label_flip: float = 0.05
 
@@ -268,8 +268,8 @@ BEAKS: dict[str, tuple[float, Points]] = {
         (1, 0.004), (0.7, 0.016), (0.35, 0.03), (0, 0.045),
     ])),
     "hook": (0.26, np.array([
-        (0, -0.08), (0.4, -0.085), (0.85, -0.05), (1.06, 0.06),
-        (0.97, 0.10), (0.80, 0.03), (0.4, 0.045), (0, 0.06),
+        (0, -0.095), (0.4, -0.105), (0.88, -0.06), (1.08, 0.08),
+        (0.98, 0.14), (0.76, 0.045), (0.4, 0.055), (0, 0.075),
     ])),
     "decurved": (0.36, np.array([
         (0, -0.055), (0.4, -0.045), (0.8, 0.02), (1, 0.13),
@@ -282,9 +282,9 @@ TAILS: dict[str, tuple[float, Points]] = {
         (0, -0.07), (0.5, -0.085), (1, -0.10), (1.0, 0.0),
         (1, 0.10), (0.5, 0.085), (0, 0.07),
     ])),
-    "forked": (0.47, np.array([
-        (0, -0.07), (0.5, -0.095), (1.1, -0.17), (0.58, 0.0),
-        (1.1, 0.17), (0.5, 0.095), (0, 0.07),
+    "forked": (0.52, np.array([
+        (0, -0.07), (0.5, -0.095), (1.1, -0.21), (0.45, 0.0),
+        (1.1, 0.21), (0.5, 0.095), (0, 0.07),
     ])),
     "pointed": (0.45, np.array([
         (0, -0.07), (0.5, -0.095), (0.75, -0.08), (1.15, 0.0),
@@ -300,7 +300,7 @@ CRESTS: dict[str, Points] = {
         (0.20, -0.25), (0.06, -0.31), (-0.12, -0.34), (-0.28, -0.33), (-0.16, -0.24), (-0.07, -0.12), (0.06, -0.16),
     ], steps=3),
     "fan": spline([
-        (0.22, -0.23), (0.22, -0.36), (0.12, -0.46), (0.00, -0.44), (-0.06, -0.34), (-0.06, -0.20), (0.08, -0.18),
+        (0.23, -0.22), (0.27, -0.40), (0.15, -0.52), (-0.01, -0.50), (-0.09, -0.36), (-0.06, -0.20), (0.08, -0.18),
     ], steps=3),
 }
 # fmt: on
@@ -474,10 +474,10 @@ class _Painter:
             self.pen.shape(frame, BAND, mark, number)
         elif pattern == "spots":
             for x, y in SPOTS:
-                self.pen.shape(frame, ellipse(x, y, 0.024, 0.024, n=8), mark, number)
+                self.pen.shape(frame, ellipse(x, y, 0.029, 0.029, n=8), mark, number)
         elif pattern == "streaks":
             for x, y in SPOTS:
-                self.pen.line(frame, np.array([(x + 0.028, y - 0.028), (x - 0.028, y + 0.028)]), mark, number, 0.024)
+                self.pen.line(frame, np.array([(x + 0.034, y - 0.034), (x - 0.034, y + 0.034)]), mark, number, 0.032)
 
     def wing(self) -> None:
         colour_name, pattern, mark_name = self.bird.parts["wing"]
@@ -530,8 +530,8 @@ class _Painter:
         iris, ring = self.bird.parts["eye"]
         number, frame, size = PART_NUMBER["eye"], self.frames.head, self.frames.eye_size
         ground = self.colour("head", self.bird.parts["head"][0])
-        self.pen.shape(frame, ellipse(*EYE, 0.066 * size, 0.062 * size, n=18), self.marked("eye", ring, ground), number)
-        self.pen.shape(frame, ellipse(*EYE, 0.038 * size, 0.038 * size, n=14), self.colour("eye", iris), number)
+        self.pen.shape(frame, ellipse(*EYE, 0.080 * size, 0.074 * size, n=18), self.marked("eye", ring, ground), number)
+        self.pen.shape(frame, ellipse(*EYE, 0.042 * size, 0.042 * size, n=14), self.colour("eye", iris), number)
         self.pen.shape(frame, ellipse(EYE[0] + 0.014, EYE[1] - 0.014, 0.012, 0.012, n=6), PALETTE["white"], number)
 
 

@@ -23,6 +23,10 @@ class Digits(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def batch(self) -> torch.Tensor:
+        """All digits: float32 [n,3,32,32] in [0,1]."""
+        return torch.from_numpy(self.images)[:, None].expand(-1, 3, -1, -1).contiguous()
+
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         tensor = torch.from_numpy(self.images[index]).expand(3, SIZE, SIZE).contiguous()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from torch import nn
+
+from finecf.training.checkpoints import SHIPPED, load_checkpoint
 
 
 class ResidualBlock(nn.Module):
@@ -27,8 +32,8 @@ class ResidualBlock(nn.Module):
 class BirdsNet(nn.Module):
     """A compact residual net with global average pooling and a linear head.
 
-    Input: float [B,3,H,W], RGB in [0,1] (the scaling is inside); at 128 x 128 the last map (`layer4`) is [B,widths[-1],8,8].
-    Output: float [B,num_classes] logits.
+    Input: float [B,3,H,W], RGB in [0,1] (the scaling is inside); at 128 x 128 the last map (`layer4`) is
+    [B,widths[-1],8,8]. Output: float [B,num_classes] logits.
     """
 
     def __init__(self, num_classes: int = 20, widths: tuple[int, int, int, int] = (24, 32, 64, 128)) -> None:
@@ -46,3 +51,50 @@ class BirdsNet(nn.Module):
         x = self.stem((x - 0.5) * 4.0)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.pool(x).flatten(1))
+
+
+class DigitsNet(nn.Module):
+    """A small convolutional net for the digits: [B,3,32,32] in [0,1] to [B,10] logits; the last map (`layer3`) is
+    [B,width,8,8].
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 48) -> None:
+        super().__init__()
+        self.width = width
+        half = width // 2
+        self.layer1 = nn.Sequential(nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU())
+        self.layer2 = ResidualBlock(half, width, 2)
+        self.layer3 = ResidualBlock(width, width)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer3(self.layer2(self.layer1((x - 0.5) * 2.0)))
+        return self.fc(self.pool(x).flatten(1))
+
+
+def _load(path: str | os.PathLike[str], architecture: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    weights, meta = load_checkpoint(path)
+    if meta.get("architecture") != architecture.__name__:
+        raise ValueError(f"checkpoint: expected a {architecture.__name__} in {path}, got {meta.get('architecture')!r}")
+    net = architecture(len(meta["classes"]), **meta["arguments"])
+    net.load_state_dict(weights)
+    net.requires_grad_(False)
+    return net.eval(), meta
+
+
+def load_birds_net(path: str | os.PathLike[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained birds net (eval mode, no gradients) and its description; default: the checkpoint that ships with
+    finecf.
+
+    The description holds `classes` (names), `size` (pixels), `config_hash` (of the generator it was trained on),
+    `command`, `accuracy`, `mistakes`, `torch` and the settings of the training. Errors as in `load_checkpoint`.
+    """
+    return _load(SHIPPED / "birds.safetensors" if path is None else path, BirdsNet)
+
+
+def load_digits_net(path: str | os.PathLike[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained digits net (eval mode, no gradients) and its description; default: the checkpoint that ships with
+    finecf.
+    """
+    return _load(SHIPPED / "digits.safetensors" if path is None else path, DigitsNet)

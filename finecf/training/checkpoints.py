@@ -1,0 +1,75 @@
+"""Checkpoints of the small nets: safetensors with a JSON description in the header, checked when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
+_KEY = "finecf"
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | os.PathLike[str], net: torch.nn.Module, meta: Mapping[str, Any]) -> None:
+    """Writes the weights (floating point as float16) and the description `meta` (JSON values) to one safetensors
+    file.
+    """
+    tensors = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in net.state_dict().items()
+    }
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    header = json.dumps({**meta, "sha256": _digest(tensors)}, sort_keys=True)
+    save_file(tensors, partial, metadata={_KEY: header})
+    partial.replace(file)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights (floating point as float32) and the description of a checkpoint.
+
+    Raises FileNotFoundError where there is none, and ValueError where the file is truncated, changed or not a finecf
+    checkpoint.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file at {file}, found none; make it with `finecf train`")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(_KEY)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"checkpoint: {file} ({file.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
+            "restore it, or make it again with `finecf train`"
+        ) from error
+    if header is None:
+        raise ValueError(
+            f"checkpoint: expected a description under {_KEY!r} in the header of {file}, "
+            "found none; it was not written by finecf"
+        )
+    meta = json.loads(header)
+    if meta.pop("sha256", None) != _digest(tensors):
+        raise ValueError(
+            f"checkpoint: the weights in {file} are not those that were saved; "
+            "restore it, or make it again with `finecf train`"
+        )
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}, meta
