@@ -21,6 +21,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+SYSTEM_NVCC = Path("/usr/local/cuda/bin/nvcc")
+
 
 def package_dir(name: str) -> Path | None:
     """Return the folder of an installed package, or None."""
@@ -63,7 +65,7 @@ def find_nvcc(torch_cuda: str) -> tuple[str, str, str]:
         on_path = shutil.which("nvcc")
         if on_path:
             candidates.append(Path(on_path))
-        candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+        candidates.append(SYSTEM_NVCC)
     versions = [(path, nvcc_version(path)) for path in candidates if path.exists()]
     same_major = [(path, v) for path, v in versions if v.split(".")[0] == torch_cuda.split(".")[0]]
     if same_major:
