@@ -1,0 +1,253 @@
+// CPU kernels of the `replacement` operators, compiled once per instruction set (see common/vec.h). Pointers only:
+// shapes are checked, workspaces owned and winners picked by replacement_cpu.cpp.
+#pragma once
+
+#include "../common/gemm.h"
+#include "../common/kernel_table.h"
+#include "replacement.h"
+
+namespace finecf {
+namespace FINECF_ISA_NS {
+
+// ---- nearest_candidates -------------------------------------------------------------------------------------------
+
+// Both operands are contiguous along D, so a tile is a set of dot products: every accumulator is a vector over D, and
+// its order of summation is the same wherever the pair falls.
+#if defined(__AVX512F__)
+constexpr int kDotRows = 4, kDotCols = 6;
+#elif defined(__AVX2__)
+constexpr int kDotRows = 3, kDotCols = 4;
+#elif defined(__aarch64__)
+constexpr int kDotRows = 4, kDotCols = 5;
+#else
+constexpr int kDotRows = 2, kDotCols = 4;
+#endif
+
+// out[i] = 1 / |row i|, 0 for a zero row. The norm is taken of the row over its largest entry, so that no square over-
+// or underflows.
+template <class T>
+void inverse_norms(const T* rows, int64_t count, int64_t width, T* out) {
+  constexpr int w = Simd<T>::lanes;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = rows + i * width;
+    Vec<T> magnitude = {};
+    int64_t d = 0;
+    for (; d + w <= width; d += w) {
+      const Vec<T> x = load<T>(row + d);
+      magnitude = vmax<T>(magnitude, vmax<T>(x, -x));
+    }
+    T largest = hmax<T>(magnitude);
+    for (; d < width; ++d) {
+      const T x = row[d] < 0 ? -row[d] : row[d];
+      largest = x > largest ? x : largest;
+    }
+    // Far from the ends of the range the plain sum of squares is safe, and quicker.
+    const bool safe = largest < T(1e15) && largest > T(1e-15);
+    const T shrink = safe ? T(1) : (largest > 0 ? T(1) / largest : T(0));
+    Vec<T> s = {};
+    for (d = 0; d + w <= width; d += w) {
+      const Vec<T> x = load<T>(row + d) * shrink;
+      s += x * x;
+    }
+    T sum = hsum<T>(s);
+    for (; d < width; ++d) sum += row[d] * shrink * (row[d] * shrink);
+    out[i] =
+        sum > 0 ? shrink / (sizeof(T) == 4 ? T(__builtin_sqrtf(float(sum))) : T(__builtin_sqrt(double(sum)))) : T(0);
+  }
+}
+
+// Cosines of every query with `count` bank rows: out[q * out_stride + n].
+template <class T>
+void cosine_block(const T* query, const T* query_scale, int64_t queries, const T* bank, int64_t count, int64_t width,
+                  T* out, int64_t out_stride) {
+  constexpr int w = Simd<T>::lanes;
+  const int64_t whole = width / w * w;
+  T bank_scale[kDotCols];
+  for (int64_t n0 = 0; n0 < count; n0 += kDotCols) {
+    const int cols = int(count - n0 < kDotCols ? count - n0 : kDotCols);
+    const T* column[kDotCols];
+    for (int j = 0; j < kDotCols; ++j) column[j] = bank + (n0 + (j < cols ? j : 0)) * width;
+    for (int j = 0; j < cols; ++j) inverse_norms<T>(column[j], 1, width, bank_scale + j);
+    for (int64_t q0 = 0; q0 < queries; q0 += kDotRows) {
+      const int rows = int(queries - q0 < kDotRows ? queries - q0 : kDotRows);
+      const T* row[kDotRows];
+      for (int i = 0; i < kDotRows; ++i) row[i] = query + (q0 + (i < rows ? i : 0)) * width;
+      Vec<T> acc[kDotRows][kDotCols];
+#pragma GCC unroll 8
+      for (int i = 0; i < kDotRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kDotCols; ++j) acc[i][j] = Vec<T>{};
+      for (int64_t d = 0; d < whole; d += w) {
+        Vec<T> a[kDotRows];
+#pragma GCC unroll 8
+        for (int i = 0; i < kDotRows; ++i) a[i] = load<T>(row[i] + d);
+#pragma GCC unroll 8
+        for (int j = 0; j < kDotCols; ++j) {
+          const Vec<T> b = load<T>(column[j] + d);
+#pragma GCC unroll 8
+          for (int i = 0; i < kDotRows; ++i) acc[i][j] += a[i] * b;
+        }
+      }
+      // Constant bounds: an accumulator indexed by a run-time value would live in memory through the loop above.
+      T sums[kDotRows][kDotCols];
+#pragma GCC unroll 8
+      for (int i = 0; i < kDotRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kDotCols; ++j) sums[i][j] = hsum<T>(acc[i][j]);
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < cols; ++j) {
+          T sum = sums[i][j];
+          for (int64_t d = whole; d < width; ++d) sum += row[i][d] * column[j][d];
+          const T cosine = (sum * query_scale[q0 + i]) * bank_scale[j];
+          out[(q0 + i) * out_stride + n0 + j] = cosine > T(1) ? T(1) : (cosine < T(-1) ? T(-1) : cosine);
+        }
+    }
+  }
+}
+
+// ---- the factorised scan ------------------------------------------------------------------------------------------
+
+// Row maximum and exp(row - maximum); scratch [round_up(classes, lanes)].
+template <class T>
+FINECF_INLINE T exp_row(const T* row, int64_t classes, T* scratch) {
+  constexpr int w = Simd<T>::lanes;
+  T best = row[0];
+  for (int64_t c = 1; c < classes; ++c) best = row[c] > best ? row[c] : best;
+  int64_t c = 0;
+  for (; c + w <= classes; c += w) store<T>(scratch + c, vexp<T>(load<T>(row + c) - best));
+  if (c < classes) {
+    T tail[w];
+    for (int i = 0; i < w; ++i) tail[i] = c + i < classes ? row[c + i] - best : T(0);
+    store<T>(scratch + c, vexp<T>(load<T>(tail)));
+  }
+  return best;
+}
+
+// panel [C, cols] = exp(rows - row maxima), transposed; columns past `count` are 1, so that no product is 0 there.
+template <class T>
+void pack_panel(const T* rows, int64_t count, int64_t classes, T* panel, T* row_max, T* scratch) {
+  constexpr int cols = kTileCols<T>;
+  for (int j = 0; j < cols; ++j) {
+    if (j < count) {
+      row_max[j] = exp_row<T>(rows + j * classes, classes, scratch);
+      for (int64_t c = 0; c < classes; ++c) panel[c * cols + j] = scratch[c];
+    } else {
+      row_max[j] = T(0);
+      for (int64_t c = 0; c < classes; ++c) panel[c * cols + j] = T(1);
+    }
+  }
+}
+
+// factors: for each block of rows, [C, rows of the block] = exp(l - L_p - row maximum).
+// scratch [2 * round_up(classes, lanes)]
+template <class T>
+void pack_factors(const T* logits, const T* cell_logits, const int64_t* cells, int64_t rows, int64_t classes,
+                  T* factors, T* row_max, T* scratch) {
+  const int64_t height = block_height(rows);
+  T* difference = scratch;
+  T* exps = scratch + round_up(classes, Simd<T>::lanes);
+  for (int64_t r0 = 0; r0 < rows; r0 += height) {
+    const int64_t block = rows - r0 < height ? rows - r0 : height;
+    T* out = factors + r0 * classes;
+    for (int64_t i = 0; i < block; ++i) {
+      const T* row = cell_logits + cells[r0 + i] * classes;
+      for (int64_t c = 0; c < classes; ++c) difference[c] = logits[c] - row[c];
+      row_max[r0 + i] = exp_row<T>(difference, classes, exps);
+      for (int64_t c = 0; c < classes; ++c) out[c * block + i] = exps[c];
+    }
+  }
+}
+
+// One panel of candidates against all rows. Keeps every pair whose factorised loss is within the guard of the smallest
+// seen by this thread (`best`, which only falls), and every pair whose product is too small to be trusted.
+template <class T>
+void scan_panel(const ScanArgs<T>& a, const T* panel, int64_t panel_index, double* best, PairList* pairs) {
+  constexpr int w = Simd<T>::lanes, cols = kTileCols<T>;
+  const int64_t n0 = a.first + panel_index * cols;
+  const int64_t present = a.candidates - n0 < cols ? a.candidates - n0 : cols;
+  const T* column_bias = a.column_bias + panel_index * cols;
+  const T limit = T(double(a.classes) * kUnderflowGuard);
+  const int64_t height = block_height(a.rows);
+  for (int64_t r0 = 0; r0 < a.rows; r0 += height) {
+    const int rows = int(a.rows - r0 < height ? a.rows - r0 : height);
+    with_rows(rows, [&](auto n) {
+      constexpr int MR = decltype(n)::value;
+      Vec<T> acc[MR][kTileVecs];
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) acc[i][v] = Vec<T>{};
+      tile_product<T, MR>(a.factors + r0 * a.classes, MR, panel, cols, a.classes, acc);
+      T loss[MR * cols];
+      Vec<T> smallest = splat<T>(Simd<T>::infinity), product = smallest;
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const T* similarity = a.similarity + a.cells[r0 + i] * a.candidates + n0;
+        T padded[cols];
+        if (present < cols) {  // the row ends inside this panel
+          for (int64_t j = 0; j < cols; ++j) padded[j] = j < present ? similarity[j] : T(0);
+          similarity = padded;
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) {
+          const Vec<T> x = a.row_bias[r0 + i] - a.weight_sim * load<T>(similarity + v * w) +
+                           (a.weight_cls * vlog<T>(acc[i][v]) + load<T>(column_bias + v * w));
+          store<T>(loss + i * cols + v * w, x);
+          smallest = vmin<T>(smallest, x);
+          product = vmin<T>(product, acc[i][v]);
+        }
+      }
+      const T tile_best = hmin<T>(smallest);
+      const bool doubtful = hmin<T>(product) < limit;
+      const auto reach = [&](double b) {
+        const double size = b < 0 ? -b : b;
+        return b + a.guard_slack + a.guard_relative * (size > 1 ? size : 1);
+      };
+      if (!doubtful && !(double(tile_best) <= reach(*best))) return;
+      if (pairs->capacity - pairs->size < MR * cols) pairs->grow(pairs, MR * cols, reach(*best));
+      T value[MR * cols];
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) store<T>(value + i * cols + v * w, acc[i][v]);
+      for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < cols; ++j) {
+          const T x = loss[i * cols + j];
+          if (column_bias[j] == Simd<T>::infinity) continue;
+          const bool keep = value[i * cols + j] < limit;
+          if (!keep && !(double(x) <= reach(*best))) continue;
+          if (!keep && double(x) < *best) *best = double(x);
+          pairs->data[pairs->size++] = Pair{int32_t(r0 + i), int32_t(keep), n0 + j, double(x)};
+        }
+    });
+  }
+}
+
+// The losses of pairs by direct log-sum-exp in float64, into Pair::loss. scratch [round_up(classes, lanes)].
+template <class T>
+void exact_losses(const ExactArgs<T>& a, const int64_t* cells, Pair* pairs, int64_t count, double* scratch) {
+  constexpr int w = Simd<double>::lanes;
+  const int64_t padded = round_up(a.classes, w);
+  for (int64_t k = 0; k < count; ++k) {
+    Pair& pair = pairs[k];
+    const int64_t cell = cells[pair.row];
+    double loss = 0;
+    if (a.weight_sim != 0) loss += a.weight_sim * (1.0 - double(a.similarity[cell * a.candidates + pair.candidate]));
+    if (a.weight_cls != 0) {
+      const T* from = a.cell_logits + cell * a.classes;
+      const T* to = a.candidate_logits + pair.candidate * a.classes;
+      for (int64_t c = 0; c < a.classes; ++c) scratch[c] = double(a.logits[c]) - double(from[c]) + double(to[c]);
+      for (int64_t c = a.classes; c < padded; ++c) scratch[c] = -Simd<double>::infinity;
+      Vec<double> top = load<double>(scratch);
+      for (int64_t c = w; c < padded; c += w) top = vmax<double>(top, load<double>(scratch + c));
+      const double m = hmax<double>(top);
+      Vec<double> s = {};
+      for (int64_t c = 0; c < padded; c += w) s += vexp<double>(load<double>(scratch + c) - m);
+      loss += a.weight_cls * (m + vlog<double>(splat<double>(hsum<double>(s)))[0] - scratch[a.target]);
+    }
+    pair.loss = loss;
+  }
+}
+
+}  // namespace FINECF_ISA_NS
+}  // namespace finecf
