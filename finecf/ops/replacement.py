@@ -268,7 +268,7 @@ def _check_loss(args: Arguments, similarity: Tensor, reach: float, weight_sim: f
 
 def _bounded(rows: Tensor, largest: float) -> Tensor:
     """Rows whose squares neither overflow nor vanish; a cosine does not depend on the length of a row."""
-    if rows.numel() == 0 or 1e-8 <= largest <= 1e8:
+    if largest == 0 or 1e-8 <= largest <= 1e8:
         return rows
     scale = rows.abs().amax(dim=1, keepdim=True)
     return rows / scale.where(scale > 0, 1)

@@ -82,6 +82,8 @@ def _best_direct(search: _Search, logits: Tensor, cells: Tensor, used: Tensor | 
         rows = torch.arange(search.start, search.stop, device=logits.device)[None]
     else:
         rows = search.shortlist[cells]
+    if rows.shape[1] == 0:
+        return _NOTHING
     rest = logits - search.cell_logits[cells]
     lowest = rest.new_full((cells.numel(),), math.inf)
     lowest_row = torch.full_like(cells, -1)
@@ -112,7 +114,7 @@ def _best_factorised(
 
     With `A = exp(l - L_p - m_p)` and `B = exp(K_n - n_n)` (`exponentials`; m, n: the row maxima) the sum over classes
     is `(A B^T)_pn exp(m_p + n_n)`. It may have lost its small terms, or its last digits to cancellation: pairs below
-    C * 2^-106 and pairs that come close to the minimum are therefore evaluated directly, and those values decide.
+    C * 2^-106 and pairs that come close to the minimum are therefore evaluated directly, in float64, and that decides.
     """
     candidates = search.candidate_logits[search.start : search.stop]
     if cells.numel() == 0 or candidates.shape[0] == 0:
@@ -139,7 +141,8 @@ def _best_factorised(
         if pairs.shape[0] == 0:
             continue
         cell, row = pairs.unbind(dim=1)
-        exact = _loss(search, rest[cell] + candidates[row], similarity[cell, row])
+        after = logits.double() - search.cell_logits[cells[cell]].double() + candidates[row].double()
+        exact = _loss(search, after, similarity[cell, row].double())
         first = int(exact.argmin())
         if float(exact[first]) < best.loss:
             best = _Best(int(cells[cell[first]]), search.start + int(row[first]), float(exact[first]))
