@@ -158,11 +158,12 @@ def main() -> int:
         maker = venv_maker()
         assert maker is not None  # missing() has looked
         step(f"virtual environment in {VENV}", *maker, str(VENV))
-    STAMP.unlink(missing_ok=True)
     if present.get("packages") != wanted["packages"]:
+        STAMP.unlink(missing_ok=True)
         install_packages()
         pip("finecf: compiled layer, and what it runs and is tested with", "--no-build-isolation", "-e", ".[test]")
     else:
+        STAMP.write_text(json.dumps({"packages": wanted["packages"]}))  # what stays true when the build fails
         pip("finecf: compiled layer", "--no-build-isolation", "--no-deps", "-e", ".")
     STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
     return 0
