@@ -1,0 +1,36 @@
+"""How much memory an explainer may take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+DEFAULT_SHARE = 4
+DEFAULT_LIMIT = 1 << 30
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now, read from CUDA, from Linux, or from the size of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def budget_for(device: torch.device, asked: int | None) -> int:
+    """The memory budget in bytes: what was asked for, else a quarter of what is free and at most 1 GiB.
+
+    Raises:
+        ValueError: the budget asked for is not positive.
+    """
+    if asked is None:
+        return min(free_memory(device) // DEFAULT_SHARE, DEFAULT_LIMIT)
+    if asked <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes or None, got {asked}")
+    return int(asked)

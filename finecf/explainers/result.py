@@ -1,0 +1,350 @@
+"""What an explainer returns: the shared result, the FG-VCE result, and how both are kept in a file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMAT = 1
+
+Images = Callable[[int], Tensor | None]
+"""Finds the image that a bank row came from: uint8 [H,W,3], or None where it is not at hand."""
+
+
+class Maps(Mapping[str, Tensor]):
+    """Named maps of one explanation; a map given as a function is computed when it is first asked for."""
+
+    def __init__(self, entries: Mapping[str, Tensor | Callable[[], Tensor]]) -> None:
+        self._entries: dict[str, Tensor | Callable[[], Tensor]] = dict(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._entries:
+            raise KeyError(f"no map is named {name!r}; there are {', '.join(self._entries)}")
+        value = self._entries[name]
+        if not isinstance(value, Tensor):
+            value = self._entries[name] = value()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Probabilities(NamedTuple):
+    """Softmax probabilities of the two classes that an explanation is about."""
+
+    predicted: float
+    target: float
+
+
+class Part(NamedTuple):
+    """A connected region of the partition.
+
+    `cells` are (row, column) on the feature grid, `box` is (left, top, right, bottom) in image pixels (right and bottom
+    exclusive), `score` is the summed contribution of its pixels in units of cells.
+    """
+
+    cells: tuple[tuple[int, int], ...]
+    box: tuple[int, int, int, int]
+    score: float
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement: a cell of the image's feature map and the bank cell that took its place.
+
+    Attributes:
+        cell: (row, column) of the replaced cell.
+        candidate_row: row of the bank.
+        reference_source: name of the image that the row came from.
+        reference_class: name of that image's class.
+        reference_cell: (row, column) in that image's grid.
+        reference_grid: (rows, columns) of that grid.
+        similarity: cosine of the cell and its replacement.
+        loss: the weighted sum of similarity and class loss that this pair minimised.
+        target_probability: softmax probability of the target class after this edit.
+    """
+
+    cell: tuple[int, int]
+    candidate_row: int
+    reference_source: str
+    reference_class: str
+    reference_cell: tuple[int, int]
+    reference_grid: tuple[int, int]
+    similarity: float
+    loss: float
+    target_probability: float
+    images: Images = field(default=lambda _: None, repr=False, compare=False)
+
+    @property
+    def reference_image(self) -> Tensor | None:
+        """The whole reference image, uint8 [H,W,3]; None where the bank kept none and its file is gone."""
+        return self.images(self.candidate_row)
+
+    @property
+    def reference_patch(self) -> Tensor | None:
+        """The part of the reference image that the cell stands for, uint8 [h,w,3]; None without an image."""
+        image = self.reference_image
+        if image is None:
+            return None
+        left, top, right, bottom = cell_box(self.reference_cell, self.reference_grid, tuple(image.shape[:2]))
+        return image[top:bottom, left:right]
+
+
+def cell_box(cell: tuple[int, int], grid: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels of one cell of a (rows, columns) grid laid over a (height, width) image."""
+    (row, column), (rows, columns), (height, width) = cell, grid, size
+    return (
+        round(column * width / columns),
+        round(row * height / rows),
+        round((column + 1) * width / columns),
+        round((row + 1) * height / rows),
+    )
+
+
+@dataclass
+class Explanation:
+    """What all explanations share.
+
+    Attributes:
+        image: the image explained, [C,H,W] as it was given (before the classifier's own preprocessing).
+        source: its file or name, where known.
+        predicted, target: class indices; the names stand beside them.
+        probabilities_before, probabilities_after: softmax probabilities of both classes.
+        maps: named maps, on the classifier's device.
+        evaluations: feature maps that the head had to score (coalitions and replacements), one image's share.
+        seconds: wall time after the trunk, one image's share of its batch.
+        seed: seed of the generator that drew samples; None where nothing was drawn.
+        versions: library versions, backend, device and micro-batch that the numbers depend on.
+        notes: what a reader must know: why the head was not folded, where a decision was close to a tie.
+    """
+
+    kind: ClassVar[str] = "explanation"
+
+    image: Tensor
+    source: str | None
+    predicted: int
+    target: int
+    predicted_name: str
+    target_name: str
+    probabilities_before: Probabilities
+    probabilities_after: Probabilities
+    maps: Maps
+    evaluations: int
+    seconds: float
+    seed: int | None
+    versions: dict[str, str]
+    notes: list[str]
+
+    def upsampled(self, name: str) -> Tensor:
+        """A map at image size [H,W]: bilinear (corners not aligned); label maps and masks are at image size already."""
+        chosen = self.maps[name]
+        size = tuple(self.image.shape[-2:])
+        if not chosen.is_floating_point() or tuple(chosen.shape) == size:
+            return chosen
+        return upsample(chosen, size)
+
+    def summary(self) -> str:
+        """The result as a few lines of plain text."""
+        return "\n".join(self._summary_lines())
+
+    def _summary_lines(self) -> list[str]:
+        before, after = self.probabilities_before, self.probabilities_after
+        lines = [
+            f"{self.source or 'image'}: predicted {self.predicted_name}, target {self.target_name}",
+            f"  p(target) {before.target:.3f} -> {after.target:.3f}, "
+            f"p(predicted) {before.predicted:.3f} -> {after.predicted:.3f}",
+        ]
+        return lines + [f"  note: {note}" for note in self.notes]
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the figure of this explanation (matplotlib) and return it; with `path` it is also written there."""
+        # finecf.report lies above this layer: it is looked up when it is asked for, never imported from here.
+        return importlib.import_module("finecf.report").plot(self, path)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything into one safetensors file (JSON in its header) that `finecf.load` reads.
+
+        Raises:
+            FileNotFoundError: the folder of `path` does not exist.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}; create it first")
+        tensors, fields = self._state()
+        header = json.dumps({"format": FORMAT, "kind": self.kind, **fields})
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(ready, path, metadata={"finecf": header})
+        return path
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"map/{name}": self.maps[name] for name in self.maps} | {"image": self.image}
+        fields = {
+            "source": self.source,
+            "predicted": self.predicted,
+            "target": self.target,
+            "predicted_name": self.predicted_name,
+            "target_name": self.target_name,
+            "probabilities_before": list(self.probabilities_before),
+            "probabilities_after": list(self.probabilities_after),
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "versions": self.versions,
+            "notes": self.notes,
+        }
+        return tensors, fields
+
+    @classmethod
+    def _from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> Explanation:
+        return cls(**cls._arguments(tensors, fields))
+
+    @staticmethod
+    def _arguments(tensors: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
+        shared = dict(fields)
+        for name in ("probabilities_before", "probabilities_after"):
+            shared[name] = Probabilities(*shared[name])
+        maps = Maps({key.removeprefix("map/"): value for key, value in tensors.items() if key.startswith("map/")})
+        return shared | {"image": tensors["image"], "maps": maps}
+
+
+@dataclass
+class FGVCEExplanation(Explanation):
+    """The result of FG-VCE for one image.
+
+    Maps at grid size [H,W], values in [0,1]: "contribution", "cam_predicted", "cam_target", "before", "after",
+    "dominant", "invariant" (and "contribution_stderr" where it was sampled). Maps at image size: "object_mask" (bool)
+    and "part_labels" (int64; 0 is no part, 1 the part of highest score).
+
+    Attributes:
+        grid: (rows, columns) of the feature map.
+        edits: the replacements in the order in which they were made.
+        flipped: whether the edited feature map is classified as the target.
+        logits_path: [T+1,C] logits before the first edit and after each.
+        minimal_edits: what backward elimination left of `edits` (equal to them where it was not asked for).
+        minimal_probability: softmax probability of the target with `minimal_edits` alone.
+        partition: function that computes the parts; called once, on first use.
+    """
+
+    kind: ClassVar[str] = "fgvce"
+
+    grid: tuple[int, int]
+    edits: list[Edit]
+    flipped: bool
+    logits_path: Tensor
+    minimal_edits: list[Edit]
+    minimal_probability: float
+    partition: Callable[[], list[Part]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self._parts: list[Part] | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The part-level partition, highest score first."""
+        if self._parts is None:
+            self._parts = self.partition()
+        return self._parts
+
+    def cell_box(self, cell: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a grid cell in pixels of `image`."""
+        return cell_box(cell, self.grid, tuple(self.image.shape[-2:]))
+
+    def _summary_lines(self) -> list[str]:
+        head, *notes = super()._summary_lines()
+        verdict = "flipped" if self.flipped else "not flipped (no solution within the budget)"
+        lines = [head, f"  {verdict} after {len(self.edits)} edit{'s' * (len(self.edits) != 1)}"]
+        for number, edit in enumerate(self.edits, 1):
+            lines.append(
+                f"  {number}. cell {edit.cell} <- {edit.reference_source} cell {edit.reference_cell}: "
+                f"similarity {edit.similarity:.2f}, p(target) {edit.target_probability:.3f}"
+            )
+        if len(self.minimal_edits) < len(self.edits):
+            kept = ", ".join(str(self.edits.index(edit) + 1) for edit in self.minimal_edits)
+            lines.append(f"  enough without the others: edits {kept}, p(target) {self.minimal_probability:.3f}")
+        return lines + notes
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, fields = super()._state()
+        tensors["logits_path"] = self.logits_path
+        for edit in self.edits:
+            image = edit.reference_image
+            if image is not None:
+                tensors[f"reference/{edit.candidate_row}"] = image
+        plain = [name for name in Edit.__dataclass_fields__ if name != "images"]
+        fields |= {
+            "grid": list(self.grid),
+            "edits": [{name: getattr(edit, name) for name in plain} for edit in self.edits],
+            "flipped": self.flipped,
+            "minimal": [self.edits.index(edit) for edit in self.minimal_edits],
+            "minimal_probability": self.minimal_probability,
+            "parts": [[part.cells, part.box, part.score] for part in self.parts],
+        }
+        return tensors, fields
+
+    @classmethod
+    def _from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> FGVCEExplanation:
+        arguments = cls._arguments(tensors, fields)
+
+        def images(row: int) -> Tensor | None:
+            return tensors.get(f"reference/{row}")
+
+        pairs = ("cell", "reference_cell", "reference_grid")
+        edits = [Edit(**edit | {name: tuple(edit[name]) for name in pairs}, images=images) for edit in fields["edits"]]
+        parts = [
+            Part(tuple((row, column) for row, column in cells), cast(tuple[int, int, int, int], tuple(box)), score)
+            for cells, box, score in arguments.pop("parts")
+        ]
+        arguments |= {
+            "grid": tuple(fields["grid"]),
+            "edits": edits,
+            "minimal_edits": [edits[index] for index in arguments.pop("minimal")],
+            "logits_path": tensors["logits_path"],
+            "partition": lambda: parts,
+        }
+        return cls(**arguments)
+
+
+def upsample(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear enlargement of [H,W] or [B,H,W] maps, corners not aligned (the rule of torch and OpenCV)."""
+    batched = maps if maps.ndim == 3 else maps[None]
+    large = F.interpolate(batched[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return large if maps.ndim == 3 else large[0]
+
+
+def load(path: str | Path) -> Explanation:
+    """Read an explanation that `Explanation.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, is no explanation, or was written in a later format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no explanation at {path}; expected a file that Explanation.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("finecf")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); save the explanation again") from error
+    fields = json.loads(header) if header else {}
+    kinds = {cls.kind: cls for cls in (FGVCEExplanation,)}
+    if fields.get("kind") not in kinds:
+        raise ValueError(f"{path} holds no explanation; expected a file that Explanation.save wrote")
+    if fields.pop("format") > FORMAT:
+        raise ValueError(f"{path} was written by a later finecf; update finecf to read it")
+    return kinds[fields.pop("kind")]._from_state(tensors, fields)
