@@ -19,6 +19,8 @@ static constexpr Kernels<T> kernels() {
   return {Simd<T>::lanes,
           kTileRows,
           kTileCols<T>,
+          kDotRows,
+          kDotCols,
           shapley_relative<T>,
           shapley_value_of<T>,
           shapley_masked_scores<T>,

@@ -74,7 +74,7 @@ struct ExactArgs {
 
 template <class T>
 struct Kernels {
-  int lanes, tile_rows, tile_cols;
+  int lanes, tile_rows, tile_cols, dot_rows, dot_cols;
 
   void (*relative)(const T* cell_logits, const T* base_logits, int64_t cells, int64_t classes, int64_t target,
                    int64_t width, T* relative);
@@ -84,11 +84,11 @@ struct Kernels {
   void (*walk_tile)(const WalkArgs<T>&, int64_t begin, int64_t count, T* scratch, double* mean, double* m2);
 
   void (*cosine_block)(const T* query, const T* query_scale, int64_t queries, const T* bank, int64_t count,
-                       int64_t width, T* out, int64_t out_stride);
+                       int64_t width, T* out, int64_t out_stride, T* scratch);
   void (*inverse_norms)(const T* rows, int64_t count, int64_t width, T* out);
-  void (*pack_panel)(const T* rows, int64_t count, int64_t classes, T* panel, T* row_max, T* scratch);
-  void (*pack_factors)(const T* logits, const T* cell_logits, const int64_t* cells, int64_t rows, int64_t classes,
-                       T* factors, T* row_max, T* scratch);
+  T (*pack_panel)(const T* rows, int64_t count, int64_t classes, T* panel, T* row_max, T* scratch);
+  T (*pack_factors)(const T* logits, const T* cell_logits, const int64_t* cells, int64_t rows, int64_t classes,
+                    T* factors, T* row_max, T* scratch);
   void (*scan_panel)(const ScanArgs<T>&, const T* panel, int64_t panel_index, double* best, PairList* pairs);
   void (*exact_losses)(const ExactArgs<T>&, const int64_t* cells, Pair* pairs, int64_t count, double* scratch);
 };

@@ -43,8 +43,9 @@ void nearest(const Tensor& query, const Tensor& bank, int64_t k, Tensor& cosine,
   for (int64_t n0 = 0; n0 < count; n0 += kBankChunk) {
     const int64_t rows = std::min(kBankChunk, count - n0);
     parallel_tiles(rows, 96, [&](int64_t begin, int64_t end) {
+      Workspace<T> scratch((queries + kernels.dot_rows) * kernels.dot_cols * kernels.lanes);
       kernels.cosine_block(q, scale.data(), queries, bank.const_data_ptr<T>() + (n0 + begin) * width, end - begin,
-                           width, block.data() + begin, rows);
+                           width, block.data() + begin, rows, scratch.data());
     });
     parallel_tiles(queries, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -206,17 +207,22 @@ class CandidatePanels {
     const int64_t panel = classes_ * kernels_.tile_cols;
     kept_ = count_ * panel * int64_t(sizeof(T)) <= kPackedBytes;
     if (kept_) packed_.resize(count_ * panel);
+    std::mutex guard;
     parallel_tiles(count_, 1, [&](int64_t begin, int64_t end) {
       Workspace<T> scratch(classes_ + kernels_.lanes), once(kept_ ? 0 : panel);
+      T most = 0;
       for (int64_t i = begin; i < end; ++i)
-        pack(i, kept_ ? packed_.data() + i * panel : once.data(), row_max_.data() + i * kernels_.tile_cols,
-             scratch.data());
+        most = std::max(most, pack(i, kept_ ? packed_.data() + i * panel : once.data(),
+                                   row_max_.data() + i * kernels_.tile_cols, scratch.data()));
+      const std::lock_guard<std::mutex> lock(guard);
+      magnitude_ = std::max(magnitude_, double(most));
     });
   }
 
   int64_t count() const { return count_; }
   int64_t first() const { return first_; }
   T row_max(int64_t row) { return row_max_.data()[row - first_]; }
+  double magnitude() const { return magnitude_; }  // of the candidates' logits
 
   // One panel, from store or made in `scratch` [panel_scratch()].
   const T* panel(int64_t i, T* scratch) {
@@ -228,25 +234,19 @@ class CandidatePanels {
   int64_t panel_scratch() const { return kept_ ? 0 : (classes_ + 1) * kernels_.tile_cols + classes_ + kernels_.lanes; }
 
  private:
-  void pack(int64_t i, T* panel, T* row_max, T* scratch) const {
+  T pack(int64_t i, T* panel, T* row_max, T* scratch) const {
     const int64_t start = first_ + i * kernels_.tile_cols;
-    kernels_.pack_panel(rows_ + start * classes_, std::min<int64_t>(kernels_.tile_cols, last_ - start), classes_, panel,
-                        row_max, scratch);
+    return kernels_.pack_panel(rows_ + start * classes_, std::min<int64_t>(kernels_.tile_cols, last_ - start), classes_,
+                               panel, row_max, scratch);
   }
 
   const Kernels<T>& kernels_;
   const T* rows_;
   int64_t classes_, first_, last_, count_;
   bool kept_;
+  double magnitude_ = 0;
   Workspace<T> packed_, row_max_;
 };
-
-template <class T>
-T largest_magnitude(const T* x, int64_t n) {
-  T most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(x[i]));
-  return most;
-}
 
 // The best pair for one image, for as many edits as wanted. The factorised panels are made on first need and shared by
 // the images of the batch.
@@ -319,15 +319,12 @@ class ImageSearch {
     const int64_t first = panels_->first(), columns = panels_->count() * kernels_.tile_cols;
     const T* rows = p_.candidate_logits.const_data_ptr<T>();
     column_bias_.resize(columns);
-    T most = 0;
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t n = first + j;
       const bool open = n >= begin_ && n < end_ && !used_[n];
       column_bias_.data()[j] = open ? T(p_.weight_cls) * (panels_->row_max(n) - rows[n * p_.classes + target_])
                                     : std::numeric_limits<T>::infinity();
-      if (open) most = std::max(most, largest_magnitude(rows + n * p_.classes, p_.classes));
     }
-    largest_ = most + largest_magnitude(cell_logits_, p_.cells * p_.classes);
     bias_ready_ = true;
   }
 
@@ -338,16 +335,16 @@ class ImageSearch {
     factors_.resize(rows * p_.classes);
     row_bias_.resize(rows);
     Workspace<T> scratch(2 * (p_.classes + kernels_.lanes));
-    kernels_.pack_factors(logits, cell_logits_, cells.data(), rows, p_.classes, factors_.data(), row_bias_.data(),
-                          scratch.data());
+    const double difference = kernels_.pack_factors(logits, cell_logits_, cells.data(), rows, p_.classes,
+                                                    factors_.data(), row_bias_.data(), scratch.data());
     for (int64_t r = 0; r < rows; ++r) {
       T& bias = row_bias_.data()[r];  // holds m_p
-      bias = ws + wc * (bias - logits[target_] + cell_logits_[cells[r] * p_.classes + target_]);
+      bias = ws + wc * (bias - (logits[target_] - cell_logits_[cells[r] * p_.classes + target_]));
     }
     // The guard covers the rounding of the product (C terms), of the logits' differences, and of the two weights.
     const double eps = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
     const double slack =
-        eps * (wc * (2.0 * double(p_.classes) + 8.0 * (largest_magnitude(logits, p_.classes) + largest_)) + 8.0 * ws);
+        eps * (p_.weight_cls * (2.0 * double(p_.classes) + 8.0 * (difference + panels_->magnitude())) + 8.0 * ws);
     const ScanArgs<T> args{factors_.data(),
                            row_bias_.data(),
                            cells.data(),
@@ -390,7 +387,6 @@ class ImageSearch {
   const int64_t* shortlist_;
   std::vector<char> used_;
   bool bias_ready_ = false;
-  double largest_ = 0;  // of |K| and |L|, for the guard
   Workspace<T> column_bias_, factors_, row_bias_;
 };
 

@@ -56,10 +56,15 @@ void inverse_norms(const T* rows, int64_t count, int64_t width, T* out) {
   }
 }
 
+// Entries of D that a block of bank rows and the queries are walked by, so that the block stays in the first-level
+// cache.
+constexpr int64_t kDotDepth = 512;
+
 // Cosines of every query with `count` bank rows: out[q * out_stride + n].
+// scratch [round_up(queries, kDotRows) * kDotCols * lanes]: the accumulators of a block between depths.
 template <class T>
 void cosine_block(const T* query, const T* query_scale, int64_t queries, const T* bank, int64_t count, int64_t width,
-                  T* out, int64_t out_stride) {
+                  T* out, int64_t out_stride, T* scratch) {
   constexpr int w = Simd<T>::lanes;
   const int64_t whole = width / w * w;
   T bank_scale[kDotCols];
@@ -68,82 +73,100 @@ void cosine_block(const T* query, const T* query_scale, int64_t queries, const T
     const T* column[kDotCols];
     for (int j = 0; j < kDotCols; ++j) column[j] = bank + (n0 + (j < cols ? j : 0)) * width;
     for (int j = 0; j < cols; ++j) inverse_norms<T>(column[j], 1, width, bank_scale + j);
-    for (int64_t q0 = 0; q0 < queries; q0 += kDotRows) {
-      const int rows = int(queries - q0 < kDotRows ? queries - q0 : kDotRows);
-      const T* row[kDotRows];
-      for (int i = 0; i < kDotRows; ++i) row[i] = query + (q0 + (i < rows ? i : 0)) * width;
-      Vec<T> acc[kDotRows][kDotCols];
+    // One pass at least, so that a width below one vector still clears the accumulators.
+    for (int64_t d0 = 0; d0 == 0 || d0 < whole; d0 += kDotDepth) {
+      const int64_t d1 = whole - d0 < kDotDepth ? whole : d0 + kDotDepth;
+      for (int64_t q0 = 0; q0 < queries; q0 += kDotRows) {
+        const T* row[kDotRows];
+        for (int i = 0; i < kDotRows; ++i) row[i] = query + (q0 + i < queries ? q0 + i : q0) * width;
+        T* kept = scratch + q0 * kDotCols * w;
+        Vec<T> acc[kDotRows][kDotCols];
 #pragma GCC unroll 8
-      for (int i = 0; i < kDotRows; ++i)
+        for (int i = 0; i < kDotRows; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < kDotCols; ++j) acc[i][j] = Vec<T>{};
-      for (int64_t d = 0; d < whole; d += w) {
-        Vec<T> a[kDotRows];
+          for (int j = 0; j < kDotCols; ++j) acc[i][j] = d0 ? load<T>(kept + (i * kDotCols + j) * w) : Vec<T>{};
+        for (int64_t d = d0; d < d1; d += w) {
+          Vec<T> a[kDotRows];
 #pragma GCC unroll 8
-        for (int i = 0; i < kDotRows; ++i) a[i] = load<T>(row[i] + d);
+          for (int i = 0; i < kDotRows; ++i) a[i] = load<T>(row[i] + d);
 #pragma GCC unroll 8
-        for (int j = 0; j < kDotCols; ++j) {
-          const Vec<T> b = load<T>(column[j] + d);
+          for (int j = 0; j < kDotCols; ++j) {
+            const Vec<T> b = load<T>(column[j] + d);
 #pragma GCC unroll 8
-          for (int i = 0; i < kDotRows; ++i) acc[i][j] += a[i] * b;
+            for (int i = 0; i < kDotRows; ++i) acc[i][j] += a[i] * b;
+          }
         }
+        // Constant bounds: an accumulator indexed by a run-time value would live in memory through the loop above.
+#pragma GCC unroll 8
+        for (int i = 0; i < kDotRows; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < kDotCols; ++j) store<T>(kept + (i * kDotCols + j) * w, acc[i][j]);
       }
-      // Constant bounds: an accumulator indexed by a run-time value would live in memory through the loop above.
-      T sums[kDotRows][kDotCols];
-#pragma GCC unroll 8
-      for (int i = 0; i < kDotRows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < kDotCols; ++j) sums[i][j] = hsum<T>(acc[i][j]);
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < cols; ++j) {
-          T sum = sums[i][j];
-          for (int64_t d = whole; d < width; ++d) sum += row[i][d] * column[j][d];
-          const T cosine = (sum * query_scale[q0 + i]) * bank_scale[j];
-          out[(q0 + i) * out_stride + n0 + j] = cosine > T(1) ? T(1) : (cosine < T(-1) ? T(-1) : cosine);
-        }
     }
+    for (int64_t q = 0; q < queries; ++q)
+      for (int j = 0; j < cols; ++j) {
+        T sum = hsum<T>(load<T>(scratch + (q * kDotCols + j) * w));
+        for (int64_t d = whole; d < width; ++d) sum += query[q * width + d] * column[j][d];
+        const T cosine = (sum * query_scale[q]) * bank_scale[j];
+        out[q * out_stride + n0 + j] = cosine > T(1) ? T(1) : (cosine < T(-1) ? T(-1) : cosine);
+      }
   }
 }
 
 // ---- the factorised scan ------------------------------------------------------------------------------------------
 
-// Row maximum and exp(row - maximum); scratch [round_up(classes, lanes)].
+// exp(row - maximum) into scratch [round_up(classes, lanes)]; returns the maximum. `magnitude` grows to the largest
+// |row|.
 template <class T>
-FINECF_INLINE T exp_row(const T* row, int64_t classes, T* scratch) {
+FINECF_INLINE T exp_row(const T* row, int64_t classes, T* scratch, T& magnitude) {
   constexpr int w = Simd<T>::lanes;
-  T best = row[0];
-  for (int64_t c = 1; c < classes; ++c) best = row[c] > best ? row[c] : best;
-  int64_t c = 0;
-  for (; c + w <= classes; c += w) store<T>(scratch + c, vexp<T>(load<T>(row + c) - best));
-  if (c < classes) {
+  const int64_t whole = classes / w * w;
+  Vec<T> high = splat<T>(row[0]), low = high;
+  for (int64_t c = 0; c < whole; c += w) {
+    high = vmax<T>(high, load<T>(row + c));
+    low = vmin<T>(low, load<T>(row + c));
+  }
+  T best = hmax<T>(high), least = hmin<T>(low);
+  for (int64_t c = whole; c < classes; ++c) {
+    best = row[c] > best ? row[c] : best;
+    least = row[c] < least ? row[c] : least;
+  }
+  magnitude = best > magnitude ? best : magnitude;
+  magnitude = -least > magnitude ? -least : magnitude;
+  for (int64_t c = 0; c < whole; c += w) store<T>(scratch + c, vexp<T>(load<T>(row + c) - best));
+  if (whole < classes) {
     T tail[w];
-    for (int i = 0; i < w; ++i) tail[i] = c + i < classes ? row[c + i] - best : T(0);
-    store<T>(scratch + c, vexp<T>(load<T>(tail)));
+    for (int i = 0; i < w; ++i) tail[i] = whole + i < classes ? row[whole + i] - best : T(0);
+    store<T>(scratch + whole, vexp<T>(load<T>(tail)));
   }
   return best;
 }
 
 // panel [C, cols] = exp(rows - row maxima), transposed; columns past `count` are 1, so that no product is 0 there.
+// Returns the largest magnitude among the rows.
 template <class T>
-void pack_panel(const T* rows, int64_t count, int64_t classes, T* panel, T* row_max, T* scratch) {
+T pack_panel(const T* rows, int64_t count, int64_t classes, T* panel, T* row_max, T* scratch) {
   constexpr int cols = kTileCols<T>;
+  T magnitude = 0;
   for (int j = 0; j < cols; ++j) {
     if (j < count) {
-      row_max[j] = exp_row<T>(rows + j * classes, classes, scratch);
+      row_max[j] = exp_row<T>(rows + j * classes, classes, scratch, magnitude);
       for (int64_t c = 0; c < classes; ++c) panel[c * cols + j] = scratch[c];
     } else {
       row_max[j] = T(0);
       for (int64_t c = 0; c < classes; ++c) panel[c * cols + j] = T(1);
     }
   }
+  return magnitude;
 }
 
 // factors: for each block of rows, [C, rows of the block] = exp(l - L_p - row maximum).
-// scratch [2 * round_up(classes, lanes)]
+// scratch [2 * round_up(classes, lanes)]. Returns the largest |l - L_p|.
 template <class T>
-void pack_factors(const T* logits, const T* cell_logits, const int64_t* cells, int64_t rows, int64_t classes,
-                  T* factors, T* row_max, T* scratch) {
+T pack_factors(const T* logits, const T* cell_logits, const int64_t* cells, int64_t rows, int64_t classes, T* factors,
+               T* row_max, T* scratch) {
   const int64_t height = block_height(rows);
+  T magnitude = 0;
   T* difference = scratch;
   T* exps = scratch + round_up(classes, Simd<T>::lanes);
   for (int64_t r0 = 0; r0 < rows; r0 += height) {
@@ -152,10 +175,11 @@ void pack_factors(const T* logits, const T* cell_logits, const int64_t* cells, i
     for (int64_t i = 0; i < block; ++i) {
       const T* row = cell_logits + cells[r0 + i] * classes;
       for (int64_t c = 0; c < classes; ++c) difference[c] = logits[c] - row[c];
-      row_max[r0 + i] = exp_row<T>(difference, classes, exps);
+      row_max[r0 + i] = exp_row<T>(difference, classes, exps, magnitude);
       for (int64_t c = 0; c < classes; ++c) out[c * block + i] = exps[c];
     }
   }
+  return magnitude;
 }
 
 // One panel of candidates against all rows. Keeps every pair whose factorised loss is within the guard of the smallest
