@@ -1,0 +1,9 @@
+"""What an explainer needs of a classifier: trunk -> cells -> head, head folding, and the bank of candidate cells."""
+
+from __future__ import annotations
+
+from finecf.models.bank import BankInterrupted, CandidateBank
+from finecf.models.classifier import Classifier, wrap
+from finecf.models.fold import HeadFold
+
+__all__ = ["BankInterrupted", "CandidateBank", "Classifier", "HeadFold", "wrap"]
