@@ -244,6 +244,13 @@ def test_products_that_lose_their_digits() -> None:
         for weight in (1.0, 0.0, 0.01):
             weighted = arguments | {"weight_sim": weight}
             check_best(weighted, ops.best_replacement(**weighted))
+            single = {"logits", "allowed"}
+            edits = {name: each for name, each in weighted.items() if name not in single} | {
+                "base_logits": -arguments["cell_logits"].sum(1),
+                "cell_scores": torch.zeros(5, 16, device=cases.DEVICE),
+                "max_edits": 2,
+            }
+            check_edits(edits, ops.replace_until_flip(**edits))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (3.5, 0.25), (1e3, 1e-3)], ids=str)
