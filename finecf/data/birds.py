@@ -109,7 +109,7 @@ class BirdItem:
 
 def images_to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 [...,H,W,3] to contiguous float32 [...,3,H,W] in [0,1]."""
-    return torch.from_numpy(np.moveaxis(images, -1, -3).astype(np.float32) / np.float32(255.0))
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3))).float().div_(255.0)
 
 
 class SyntheticBirds(Dataset[BirdItem]):

@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 
 from finecf.data._files import Sample
 
-TRAIN_DIGITS = 1_297
-"""The first so many of the 1,797 digits are the training split, the other 500 the test split."""
+TRAIN_DIGITS = 1_000
+"""The first so many of the 1,797 digits are the training split, the other 797 the test split."""
 SIZE = 32
 
 
@@ -36,7 +36,7 @@ class Digits(Dataset[Sample]):
 def digits(split: str = "test") -> Digits:
     """The 1,797 digits (8 x 8, 17 grey levels, UCI test set) enlarged to 32 x 32 (bicubic), white on black.
 
-    split: "train" (the first 1,297), "test" (the last 500) or "all". Needs scikit-learn; an ImportError says how to
+    split: "train" (the first 1,000), "test" (the last 797) or "all". Needs scikit-learn; an ImportError says how to
         get it.
     """
     ranges = {"train": (0, TRAIN_DIGITS), "test": (TRAIN_DIGITS, None), "all": (0, None)}

@@ -64,6 +64,7 @@ class StanfordDogs(LabelledImages):
             return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         try:
             from scipy.io import loadmat
+            from scipy.io.matlab import MatReadError
         except ImportError as error:
             raise ImportError(
                 f"{_WHAT}: expected scipy, to read {path}; install it (pip install scipy) "
@@ -71,7 +72,7 @@ class StanfordDogs(LabelledImages):
             ) from error
         try:
             return [str(entry[0]) for entry in loadmat(path)["file_list"][:, 0]]
-        except (KeyError, IndexError, ValueError, OSError, TypeError) as error:
+        except (MatReadError, KeyError, IndexError, ValueError, OSError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"{_WHAT}: expected the variable 'file_list' in {path}, but it cannot be read ({error})"
             ) from error

@@ -98,6 +98,7 @@ class ImageFolderDataset(LabelledImages):
         size: int | tuple[int, int] | None = 224,
         transform: Transform | None = None,
     ) -> None:
+        checked_size(size)
         folder = existing_folder(root, "image folder")
         if split_file is not None and split is None:
             raise ValueError("split: expected 'train', 'test' or a flag of the split file, got None")

@@ -32,24 +32,32 @@ class ResidualBlock(nn.Module):
 class BirdsNet(nn.Module):
     """A compact residual net with global average pooling and a linear head.
 
-    Input: float [B,3,H,W], RGB in [0,1] (the scaling is inside); at 128 x 128 the last map (`layer4`) is
+    Input: float [B,3,H,W], RGB in [0,1] (the scaling is inside); at 128 x 128 the last map (`layer3`) is
     [B,widths[-1],8,8]. Output: float [B,num_classes] logits.
     """
 
-    def __init__(self, num_classes: int = 20, widths: tuple[int, int, int, int] = (24, 32, 64, 128)) -> None:
+    def __init__(self, num_classes: int = 20, widths: tuple[int, int, int, int] = (16, 32, 64, 128)) -> None:
         super().__init__()
         self.widths = tuple(widths)
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
-        self.layer1 = ResidualBlock(widths[0], widths[0])
-        self.layer2 = ResidualBlock(widths[0], widths[1], 2)
-        self.layer3 = ResidualBlock(widths[1], widths[2], 2)
-        self.layer4 = nn.Sequential(ResidualBlock(widths[2], widths[3], 2), ResidualBlock(widths[3], widths[3]))
+        first, second, third, fourth = self.widths
+        # Two strided convolutions bring 128 pixels to 32 at once: most of the work is then done on small maps.
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, first, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(),
+            nn.Conv2d(first, second, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(second),
+            nn.ReLU(),
+        )
+        self.layer1 = ResidualBlock(second, second)
+        self.layer2 = nn.Sequential(ResidualBlock(second, third, 2), ResidualBlock(third, third))
+        self.layer3 = ResidualBlock(third, fourth, 2)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(widths[3], num_classes)
+        self.fc = nn.Linear(fourth, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem((x - 0.5) * 4.0)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.pool(x).flatten(1))
 
 
@@ -58,7 +66,7 @@ class DigitsNet(nn.Module):
     [B,width,8,8].
     """
 
-    def __init__(self, num_classes: int = 10, width: int = 48) -> None:
+    def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
         self.width = width
         half = width // 2
