@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,14 +43,18 @@ class Rules:
 
 @dataclass
 class Trace:
-    """The edits of one image, `logits` [T+1,C] before and after each, and the edits (from 1) that were near ties."""
+    """The edits of one image, and `logits` [T+1,C] before the first and after each.
+
+    `ties` gives the edits (from 1) for which another pair came within the noise of the best one; a search that is one
+    operator call does not see them, so they are looked for when they are asked for.
+    """
 
     logits: Tensor
     cells: list[int] = field(default_factory=list)
     candidates: list[int] = field(default_factory=list)
     similarities: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    ties: list[int] = field(default_factory=list)
+    ties: Callable[[], list[int]] = list
     evaluations: int = 0
 
     @property
@@ -124,6 +129,7 @@ def _operator_search(
     )
     traces = []
     choices = (pool.size if shortlist is None else shortlist.shape[2]) * min(rules.top_cells or game.cells, game.cells)
+    wanted = target.tolist()
     for i, edits in enumerate(result.n_edits.tolist()):
         at, rows = result.cells[i, :edits], result.candidates[i, :edits]
         trace = Trace(
@@ -135,8 +141,8 @@ def _operator_search(
             evaluations=edits * choices,
         )
         if edits and shortlist is None:
-            own = (cell_logits[i], similarity[i], scores[i].gather(0, visited[i]), int(target[i]))
-            trace.ties = _near_ties(*own, pool, trace, at, rules, game.head.noise)
+            own = (cell_logits[i], similarity[i], scores[i].gather(0, visited[i]), wanted[i])
+            trace.ties = partial(_near_ties, *own, pool, trace, at, rules, game.head.noise)
         traces.append(trace)
     return traces
 
@@ -159,6 +165,7 @@ def _edit_by_edit(
     free = torch.ones_like(visited, dtype=torch.bool)
     logits = [game.logits]
     traces = [Trace(game.logits[:0]) for _ in target]
+    ties: list[list[int]] = [[] for _ in target]
     for edit in range(limit):
         if rules.refresh and edit and edit % rules.refresh == 0:
             scores = rescore(game)
@@ -181,11 +188,12 @@ def _edit_by_edit(
             trace.similarities.append(float(cosine[i, cell, row]))
             trace.losses.append(float(found.loss[i]))
             if float(found.gap[i]) <= NOISE_FACTOR * game.head.noise:
-                trace.ties.append(edit + 1)
+                ties[i].append(edit + 1)
             trace.evaluations += int(allowed[i].sum()) * (pool.size if shortlist is None else shortlist.shape[2])
     for i, trace in enumerate(traces):
         # An image that was finished earlier kept its logits while others went on.
         trace.logits = torch.stack([step[i] for step in logits[: trace.edits + 1]])
+        trace.ties = ties[i].copy
     return traces
 
 
@@ -301,7 +309,7 @@ def _near_ties(
     rules: Rules,
     noise: float,
 ) -> list[int]:
-    """The edits (from 1) of a finished search for which another pair came within the noise of the best one."""
+    """The edits of a finished search for which another pair came within the noise of the best one."""
     edits = trace.edits
     free = torch.ones(edits, len(scores), dtype=torch.bool, device=scores.device)
     for done in range(edits - 1):

@@ -173,7 +173,7 @@ class FGVCE:
             raise ValueError(f"features must be [{len(x)},D,H,W] for these images, got {list(features.shape)}")
         names: list[str | None] = [None] * len(x) if sources is None else list(sources)
         done: list[FGVCEExplanation] = []
-        with self.classifier.eval_mode(), _bar(self.progress, len(x)) as advance:
+        with torch.no_grad(), _bar(self.progress, len(x)) as advance:
             for start in range(0, len(x), MICRO_BATCH):
                 own = slice(start, start + MICRO_BATCH)
                 given = None if features is None else features[own]
@@ -196,7 +196,7 @@ class FGVCE:
 
     def _contribute(self, images: Tensor, target: int | str | None, method: str | None) -> tuple[Game, Contributions]:
         x = self.classifier.prepare(images)
-        with self.classifier.eval_mode():
+        with torch.no_grad():
             game = self._game(*self._look(x))
             if target is None:
                 classes = game.logits.argmax(1)
@@ -238,7 +238,7 @@ class FGVCE:
         results: dict[int, FGVCEExplanation] = {}
         for wanted in sorted(set(targets)):
             group = (target == wanted).nonzero()[:, 0]
-            own = game.select(group)
+            own = game if len(group) == len(targets) else game.select(group)
             part = Contributions(
                 contributions.raw[group],
                 None if contributions.stderr is None else contributions.stderr[group],
@@ -362,6 +362,7 @@ class FGVCE:
             minimal_edits=[edits[k] for k in kept],
             minimal_probability=kept_probability,
             partition=partition.parts,
+            rivals=trace.ties,
         )
 
     def _edits(self, game: Game, pool: Pool, trace: Trace, probabilities: list[float]) -> list[Edit]:
@@ -401,7 +402,6 @@ class FGVCE:
             gap = float(logits.topk(2).values.diff().abs())
             if gap <= noise:
                 notes.append(f"tie: the {name} hangs on a difference of {gap:.1e} between two logits")
-        notes += [f"tie: edit {number} has a rival within the noise of the computation" for number in trace.ties]
         if not flipped:
             why = "max_edits was reached" if trace.edits == self.rules.max_edits else "no replacement was left"
             notes.append(f"no solution: {why} after {trace.edits} edits; the whole trace is kept")

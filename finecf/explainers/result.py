@@ -234,7 +234,7 @@ class FGVCEExplanation(Explanation):
         logits_path: [T+1,C] logits before the first edit and after each.
         minimal_edits: what backward elimination left of `edits` (equal to them where it was not asked for).
         minimal_probability: softmax probability of the target with `minimal_edits` alone.
-        partition: function that computes the parts; called once, on first use.
+        partition, rivals: functions that compute `parts` and `tied_edits`; called once, on first use.
     """
 
     kind: ClassVar[str] = "fgvce"
@@ -246,9 +246,11 @@ class FGVCEExplanation(Explanation):
     minimal_edits: list[Edit]
     minimal_probability: float
     partition: Callable[[], list[Part]] = field(repr=False)
+    rivals: Callable[[], list[int]] = field(repr=False)
 
     def __post_init__(self) -> None:
         self._parts: list[Part] | None = None
+        self._tied_edits: list[int] | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -256,6 +258,14 @@ class FGVCEExplanation(Explanation):
         if self._parts is None:
             self._parts = self.partition()
         return self._parts
+
+    @property
+    def tied_edits(self) -> list[int]:
+        """Edits (from 1) whose choice another pair of cell and candidate missed by no more than the numeric noise."""
+        if self._tied_edits is None:
+            self._tied_edits = self.rivals()
+            self.rivals = list  # what it was computed from may be large
+        return self._tied_edits
 
     def cell_box(self, cell: tuple[int, int]) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of a grid cell in pixels of `image`."""
@@ -273,6 +283,9 @@ class FGVCEExplanation(Explanation):
         if len(self.minimal_edits) < len(self.edits):
             kept = ", ".join(str(self.edits.index(edit) + 1) for edit in self.minimal_edits)
             lines.append(f"  enough without the others: edits {kept}, p(target) {self.minimal_probability:.3f}")
+        if self.tied_edits:
+            numbers = ", ".join(map(str, self.tied_edits))
+            lines.append(f"  tie: another choice was as good, within the numeric noise, at edit {numbers}")
         return lines + notes
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -289,6 +302,7 @@ class FGVCEExplanation(Explanation):
             "flipped": self.flipped,
             "minimal": [self.edits.index(edit) for edit in self.minimal_edits],
             "minimal_probability": self.minimal_probability,
+            "tied_edits": self.tied_edits,
             "parts": [[part.cells, part.box, part.score] for part in self.parts],
         }
         return tensors, fields
@@ -306,12 +320,14 @@ class FGVCEExplanation(Explanation):
             Part(tuple((row, column) for row, column in cells), cast(tuple[int, int, int, int], tuple(box)), score)
             for cells, box, score in arguments.pop("parts")
         ]
+        tied = arguments.pop("tied_edits")
         arguments |= {
             "grid": tuple(fields["grid"]),
             "edits": edits,
             "minimal_edits": [edits[index] for index in arguments.pop("minimal")],
             "logits_path": tensors["logits_path"],
             "partition": lambda: parts,
+            "rivals": lambda: tied,
         }
         return cls(**arguments)
 
