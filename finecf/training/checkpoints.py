@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
 _KEY = "finecf"
@@ -39,7 +39,7 @@ def save_checkpoint(path: str | os.PathLike[str], net: torch.nn.Module, meta: Ma
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     header = json.dumps({**meta, "sha256": _digest(tensors)}, sort_keys=True)
-    save_file(tensors, partial, metadata={_KEY: header})
+    partial.write_bytes(save(tensors, metadata={_KEY: header}))
     partial.replace(file)
 
 
