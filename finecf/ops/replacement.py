@@ -252,10 +252,15 @@ def _check_search(
 ) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
     args.at_least("C", 2, "classes")
     args.at_least("P", 1, "cells")
+    if shortlist is not None:
+        shortlist = args.integer("shortlist", shortlist, "BPK")
+        if shortlist.shape[2] == 0:
+            # Without an element it has no address, which a kernel would take for no shortlist: list a row that is none.
+            shortlist = shortlist.new_full((*shortlist.shape[:2], 1), -1)
     return (
         args.target(target),
         args.candidate_range(candidate_range),
-        None if shortlist is None else args.integer("shortlist", shortlist, "BPK"),
+        shortlist,
         float(args.number("weight_sim", weight_sim, float, 0.0)),
         float(args.number("weight_cls", weight_cls, float, 0.0)),
     )

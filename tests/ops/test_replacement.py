@@ -20,11 +20,13 @@ from finecf.reference import replacement as twin
 pytestmark = cases.every_implementation
 
 FLOATS = (torch.float32, torch.float64)
-# One size at a time passes a border: of vectors and class blocks, of row blocks, of candidate panels and chunks.
+# One size at a time passes a border: of vectors and class blocks, of row blocks, of candidate panels and chunks. Some
+# hundred pairs, at least, since a kernel may score few of them one by one.
 SIZES = [
-    *[(7, classes, 48) for classes in (2, 31, 32, 33, 200, 1000, 10000)],
-    *[(cells, 33, 48) for cells in (1, 8, 49, 196)],
-    *[(7, 33, rows) for rows in (1, 47, 49, 96, 97, 3000)],
+    *[(13, classes, 96) for classes in (2, 31, 32, 33, 200, 1000, 10000)],
+    *[(1, 33, 600), (8, 33, 97), (49, 33, 97), (196, 33, 48)],
+    *[(49, 33, rows) for rows in (1, 47, 48, 49, 96)],
+    (7, 33, 3000),
 ]
 SIZE_NAMES = [f"P{cells}-C{classes}-N{rows}" for cells, classes, rows in SIZES]
 
@@ -265,13 +267,13 @@ def test_weights(weights: tuple[float, float]) -> None:
 
 def test_only_what_is_allowed() -> None:
     rng = cases.generator(2)
-    arguments = cases.single(cases.search(6, 9, 33, 97))
-    arguments["allowed"] = cases.integers(rng, 2, 6, 9).bool()
+    arguments = cases.single(cases.search(6, 33, 17, 150))
+    arguments["allowed"] = cases.integers(rng, 2, 6, 33).bool()
     arguments["allowed"][1] = False
     arguments["candidate_range"] = torch.tensor(
-        [[0, 97], [0, 97], [40, 60], [50, 51], [30, 30], [96, 97]], device=cases.DEVICE
+        [[0, 150], [0, 150], [40, 110], [50, 51], [30, 30], [149, 150]], device=cases.DEVICE
     )
-    arguments["used"] = cases.integers(rng, 2, 6, 97).bool()
+    arguments["used"] = cases.integers(rng, 2, 6, 150).bool()
     arguments["used"][5] = True
     result = ops.best_replacement(**arguments)
     check_best(arguments, result)
@@ -279,7 +281,7 @@ def test_only_what_is_allowed() -> None:
     # What may not be chosen must not be looked at either: with poor values there the answer stays.
     poor = {name: each.clone() for name, each in arguments.items()}
     poor["similarity"][2, :, :40] = 1e6
-    poor["similarity"][2, :, 60:] = 1e6
+    poor["similarity"][2, :, 110:] = 1e6
     poor["similarity"].masked_fill_(~arguments["allowed"][:, :, None], 1e6)
     again = ops.best_replacement(**poor)
     assert torch.equal(again.cell[2], result.cell[2])
@@ -412,8 +414,8 @@ def test_edits_at_wide_spreads(scale: float) -> None:
     ids=str,
 )
 def test_options(options: dict[str, Any]) -> None:
-    arguments = cases.search(4, 9, 20, 60, scale=0.7, seed=1) | options
-    arguments["candidate_range"] = torch.tensor([[0, 60], [10, 40], [55, 58], [60, 60]], device=cases.DEVICE)
+    arguments = cases.search(4, 17, 20, 150, scale=0.5, seed=1) | options
+    arguments["candidate_range"] = torch.tensor([[0, 150], [10, 80], [55, 58], [150, 150]], device=cases.DEVICE)
     result = ops.replace_until_flip(**arguments)
     check_edits(arguments, result)
     assert int(result.n_edits[3]) == 0
@@ -480,7 +482,7 @@ def test_edits_of_strided_and_half() -> None:
 
 
 def test_searches_of_images_do_not_mix() -> None:
-    arguments = cases.search(4, 9, 33, 97, scale=0.7)
+    arguments = cases.search(4, 25, 33, 97, scale=0.5)
     arguments["candidate_range"] = torch.tensor([[0, 97], [13, 40], [13, 14], [60, 90]], device=cases.DEVICE)
     together = ops.replace_until_flip(**arguments)
     for image in range(4):
