@@ -31,7 +31,7 @@ DISK_GB = 10
 
 PACKAGE_INPUTS = ("pyproject.toml", "constraints.txt", "scripts/bootstrap.py")
 BUILD_INPUTS = ("setup.py", "CMakeLists.txt", "cmake", "csrc")
-SWITCHES = ("FINECF_BUILD", "FINECF_CUDA", "FINECF_CUDA_ARCHS", "CXX", "CUDACXX")
+SWITCHES = ("FINECF_BUILD", "FINECF_CUDA", "FINECF_CUDA_ARCHS", "FINECF_EMULATION_SANITIZE", "CXX", "CUDACXX")
 
 
 def venv_maker() -> list[str] | None:
