@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from finecf.models import bankfile
 from finecf.models.classifier import Classifier
 from finecf.models.fold import HeadFold
-from finecf.models.layers import close_names
+from finecf.models.layers import all_finite, close_names
 
 _FORMAT = "finecf-bank-1"
 _DTYPES = (torch.float32, torch.float16)
@@ -111,7 +111,7 @@ class CandidateBank:
         self._pictures = list(pictures) if pictures is not None else [None] * len(self.labels)
         self._slots: Tensor | None = None
         self.norms = torch.cat([self.rows(a, b).norm(dim=1) for a, b in self.slices()])
-        if not bool(torch.isfinite(self.norms).all()):
+        if not all_finite(self.norms):
             row = int((~torch.isfinite(self.norms)).nonzero()[0])
             raise ValueError(f"features of the bank holds NaN or inf (row {row}, {self._row_text(row)})")
 
@@ -198,7 +198,7 @@ class CandidateBank:
                     raise
                 interrupted = error
             if not gathered.labels:
-                raise ValueError(_nothing_left(gathered, wanted, correct_only, clf))
+                raise ValueError(_nothing_left(gathered, wanted, clf))
             bank = cls._assemble(gathered, clf, wanted, dtype, spool, path, complete=interrupted is None)
         if interrupted is not None:
             where = f" and is saved in {path}" if path is not None else ""
@@ -225,21 +225,21 @@ class CandidateBank:
         cells = height * columns
         labels = torch.tensor(gathered.labels)
         order = labels.argsort(stable=True).tolist()
-        index = dict(
-            labels=labels[order],
-            grid=(height, columns),
-            sources=[gathered.sources[i] for i in order],
-            classes=sorted(wanted if wanted is not None else gathered.seen),
-            class_names=clf.class_names,
-            fingerprint=clf.fingerprint(),
-            seen=gathered.seen,
-            image_size=gathered.image_size,
-            complete=complete,
-        )
+        index: dict[str, Any] = {
+            "labels": labels[order],
+            "grid": (height, columns),
+            "sources": [gathered.sources[i] for i in order],
+            "classes": sorted(wanted if wanted is not None else gathered.seen),
+            "class_names": clf.class_names,
+            "fingerprint": clf.fingerprint(),
+            "seen": gathered.seen,
+            "image_size": gathered.image_size,
+            "complete": complete,
+        }
         pictures = [gathered.pictures[i] for i in order]
         if path is not None:
             blocks = (spool.read(i, cells, width, dtype) for i in order)
-            _write(Path(path), dtype, width, blocks, pictures, index)
+            _write(Path(path), dtype, width, blocks, [_thunk(picture) for picture in pictures], index)
             return cls.load(path)
         features = torch.empty(len(order), cells, width, dtype=dtype)
         for place, i in enumerate(order):
@@ -247,7 +247,7 @@ class CandidateBank:
             assert block is not None
             features[place].copy_(block.T)
             gathered.blocks[i] = None
-        return cls(features.view(-1, width), pictures=pictures, **index)  # type: ignore[arg-type]
+        return cls(features.view(-1, width), pictures=pictures, **index)
 
     def extend(
         self,
@@ -262,52 +262,62 @@ class CandidateBank:
         """Add reference images in place; arguments as in `from_loader`.
 
         A bank that was loaded from a file is written to that file again (or to `path`), in a stream; the old file
-        stays as it is until the new one is whole. Ctrl-C leaves the bank as it was before the call.
+        stays as it is until the new one is whole.
 
         Returns:
             The bank itself.
+
+        Raises:
+            ValueError: another classifier, or images that give maps of another shape.
+            BankInterrupted: Ctrl-C. The images of all finished batches have been added, and `complete` is False.
         """
         self.check(clf)
-        more = CandidateBank.from_loader(clf, loader, classes, correct_only, self.dtype, keep_images, progress)
+        try:
+            more = CandidateBank.from_loader(clf, loader, classes, correct_only, self.dtype, keep_images, progress)
+        except BankInterrupted as interrupt:
+            self._merge(interrupt.bank, path)
+            raise BankInterrupted(
+                f"the bank was being extended; {len(interrupt.bank.labels)} images were added before the interrupt",
+                self,
+            ) from interrupt
+        self._merge(more, path)
+        return self
+
+    def _merge(self, more: CandidateBank, path: str | os.PathLike[str] | None) -> None:
         if (more.grid, more.width) != (self.grid, self.width):
             raise ValueError(
                 f"the new images give maps of {more.width} x {more.grid}; the bank holds {self.width} x {self.grid}: "
                 "use images of the same size"
             )
-        merged = torch.cat([self.labels, more.labels])
-        order = merged.argsort(stable=True).tolist()
+        labels = torch.cat([self.labels, more.labels])
+        order = labels.argsort(stable=True).tolist()
+        sources = self.sources + more.sources
+        index = self._index() | {
+            "labels": labels[order],
+            "sources": [sources[i] for i in order],
+            "classes": sorted({*self.classes, *more.classes}),
+            "seen": {c: self.seen.get(c, 0) + more.seen.get(c, 0) for c in sorted({*self.seen, *more.seen})},
+            "complete": self.complete and more.complete,
+        }
         old = len(self.labels)
-        index = dict(
-            labels=merged[order],
-            grid=self.grid,
-            sources=[(self.sources + more.sources)[i] for i in order],
-            classes=sorted({*self.classes, *more.classes}),
-            class_names=self.class_names,
-            fingerprint=self.fingerprint,
-            seen={c: self.seen.get(c, 0) + more.seen.get(c, 0) for c in sorted({*self.seen, *more.seen})},
-            image_size=self.image_size,
-            complete=self.complete,
-        )
-        pictures = [self._picture(i) if i < old else more._picture(i - old) for i in order]
-        blocks = (self._block(i) if i < old else more._block(i - old) for i in order)
+        places = [(self, i) if i < old else (more, i - old) for i in order]
+        blocks = (bank._block(i) for bank, i in places)
         if path is None and self._file is not None:
             path = self._file.path
         if path is not None:
-            _write(Path(path), self.dtype, self.width, blocks, pictures, index)
-            new = CandidateBank.load(path)
+            _write(Path(path), self.dtype, self.width, blocks, [bank._lazy_picture(i) for bank, i in places], index)
+            merged = CandidateBank.load(path)
         else:
-            new = CandidateBank(torch.cat(list(blocks)), pictures=pictures, **index)  # type: ignore[arg-type]
-        self.__dict__.update(new.__dict__)
-        return self
+            merged = CandidateBank(torch.cat(list(blocks)), pictures=[b._picture(i) for b, i in places], **index)
+        self.__dict__.update(merged.__dict__)
 
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to a safetensors file, in a stream; a file that is there stays until the new one is whole."""
-        index = {name: getattr(self, name) for name in _INDEX}
-        count = len(self.labels)
-        pictures = [self._picture(i) for i in range(count)]
-        _write(Path(path), self.dtype, self.width, (self._block(i) for i in range(count)), pictures, index)
+        images = range(len(self.labels))
+        blocks = (self._block(i) for i in images)
+        _write(Path(path), self.dtype, self.width, blocks, [self._lazy_picture(i) for i in images], self._index())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], memory_map: bool = True) -> CandidateBank:
@@ -318,36 +328,25 @@ class CandidateBank:
             ValueError: it is no bank, or truncated.
         """
         file = bankfile.TensorFile(path)
-        meta = _metadata(file)
         self = cls.__new__(cls)
-        self._init_index(
-            file.read("labels"),
-            meta["grid"],
-            meta["sources"],
-            meta["classes"],
-            meta["class_names"],
-            meta["fingerprint"],
-            {int(c): n for c, n in meta["seen"].items()},
-            None if meta["image_size"] is None else (meta["image_size"][0], meta["image_size"][1]),
-            meta["complete"],
-        )
+        index = _metadata(file)
+        self._init_index(file.read("labels"), **index)
         rows, self.width = file.shape("features")
         self.norms = file.read("norms")
-        if rows != len(self) or len(self.norms) != rows:
-            raise ValueError(
-                f"{path} is damaged: {rows} rows of features and {len(self.norms)} norms for {len(self)} cells"
-            )
-        self._file = file
         self._slots = file.read("picture_slots")
-        self._pictures = []
-        self._features = None
-        return self if memory_map else self._in_memory()
-
-    def _in_memory(self) -> CandidateBank:
-        assert self._file is not None
-        index = {name: getattr(self, name) for name in _INDEX}
+        if not rows == len(self) == len(self.norms) or len(self._slots) != len(self.labels):
+            raise ValueError(f"{path} is damaged: it has {rows} rows of features for {len(self)} cells; build it again")
+        if not all_finite(self.norms):
+            raise ValueError(f"features of the bank {path} holds NaN or inf; build it again")
+        self._file, self._features, self._pictures = file, None, []
+        if memory_map:
+            return self
         pictures = [self._picture(i) for i in range(len(self.labels))]
-        return CandidateBank(self._file.read("features"), pictures=pictures, **index)
+        return cls(file.read("features"), pictures=pictures, **self._index())
+
+    def _index(self) -> dict[str, Any]:
+        """What the constructor takes beside features and pictures; all but the labels is the file's metadata."""
+        return {name: getattr(self, name) for name in _INDEX}
 
     # Reading
 
@@ -374,7 +373,7 @@ class CandidateBank:
 
     @property
     def features(self) -> Tensor:
-        """All rows [N,D] as they are kept; of a loaded bank mapped, so that reading them all fills memory: see `rows`."""
+        """All rows [N,D] as they are kept; of a loaded bank mapped, and pages that are read stay: prefer `rows`."""
         return self._features if self._features is not None else self._opened().mapped("features")
 
     @property
@@ -414,7 +413,7 @@ class CandidateBank:
         if self._features is not None:
             return self._features[start:stop].float()
         rows = self._opened().read("features", start, stop).float()
-        if not bool(torch.isfinite(rows).all()):
+        if not all_finite(rows):
             raise ValueError(f"features of the bank {self._opened().path} holds NaN or inf in rows {start}..{stop}")
         return rows
 
@@ -498,10 +497,14 @@ class CandidateBank:
         )
 
     def _picture(self, image: int) -> Tensor | None:
+        picture = self._lazy_picture(image)
+        return None if picture is None else picture()
+
+    def _lazy_picture(self, image: int) -> Callable[[], Tensor] | None:
         if self._slots is None:
-            return self._pictures[image]
+            return _thunk(self._pictures[image])
         slot = int(self._slots[image])
-        return None if slot < 0 else self._opened().read("pictures", slot, slot + 1)[0]
+        return None if slot < 0 else lambda: self._opened().read("pictures", slot, slot + 1)[0]
 
     def _name(self, index: int) -> str:
         names = self.class_names
@@ -533,7 +536,7 @@ class _Spool:
         if path is not None:
             folder = Path(path).absolute().parent
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> _Spool:
         return self
@@ -642,29 +645,31 @@ def _as_pictures(raw: Any, x: Tensor, kept: list[int], size: tuple[int, int]) ->
     """8-bit RGB pictures [3,h,w] of some images of a batch, with the geometry of the model's input."""
     if isinstance(raw, Tensor) and raw.shape[-2:] == x.shape[-2:]:
         x = raw if raw.dim() == 4 else raw.unsqueeze(0)
-    x = x[kept].cpu()
-    if not len(x):
-        return []
-    if x.dtype != torch.uint8:
-        x = _to_unit(x.float()).mul(255).round_().to(torch.uint8)
-    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    if tuple(x.shape[2:]) != size:
-        x = F.interpolate(x.float(), size=size, mode="bilinear", antialias=True).round_().to(torch.uint8)
-    return list(x.contiguous())
-
-
-def _to_unit(x: Tensor) -> Tensor:
-    """Images in [0,1]: as they are, else with ImageNet's normalisation undone, else each stretched to its own range."""
     low, high = (float(v) for v in x.aminmax())
-    if low >= 0 and high <= 1:
-        return x
-    if x.shape[1] == 3:
-        mean, std = (t.view(1, 3, 1, 1) for t in _IMAGENET)
-        unit = x * std + mean
+    unit = x.dtype == torch.uint8 or (low >= 0 and high <= 1)
+    # One image at a time: its intermediate results stay in the cache.
+    return [_as_picture(x[i].cpu() if unit else _to_unit(x[i].cpu().float()), size) for i in kept]
+
+
+def _as_picture(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image [Ch,h,w], 8-bit or in [0,1], as an 8-bit RGB picture in memory of its own."""
+    picture = image.clone() if image.dtype == torch.uint8 else image.mul(255).add_(0.5).to(torch.uint8)
+    picture = picture[:3] if picture.shape[0] >= 3 else picture[:1].expand(3, -1, -1)
+    if tuple(picture.shape[1:]) != size:
+        resized = F.interpolate(picture[None].float(), size=size, mode="bilinear", antialias=True)[0]
+        picture = resized.round_().to(torch.uint8)
+    return picture.contiguous()
+
+
+def _to_unit(image: Tensor) -> Tensor:
+    """A normalised image [Ch,h,w] in [0,1]: with ImageNet's normalisation undone, else stretched to its range."""
+    low, high = (float(v) for v in image.aminmax())
+    if image.shape[0] == 3:
+        mean, std = (t.view(3, 1, 1) for t in _IMAGENET)
+        unit = image * std + mean
         if float(unit.min()) >= -0.02 and float(unit.max()) <= 1.02:
             return unit.clamp_(0, 1)
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    return (x - low) / (high - low).clamp_min(1e-12)
+    return (image - low) / max(high - low, 1e-12)
 
 
 def _read_picture(source: str, size: tuple[int, int] | None) -> np.ndarray | None:
@@ -685,10 +690,13 @@ def _write(
     dtype: torch.dtype,
     width: int,
     blocks: Iterable[Tensor],
-    pictures: Sequence[Tensor | None],
+    pictures: Sequence[Callable[[], Tensor] | None],
     index: dict[str, Any],
 ) -> None:
-    """Write a bank file from its images' cells [P,D] in order; the norms are taken as the cells pass by."""
+    """Write a bank file from its images' cells [P,D] in order; the norms are taken as the cells pass by.
+
+    `pictures` are called one at a time when it is their turn.
+    """
     labels: Tensor = index["labels"]
     cells = index["grid"][0] * index["grid"][1]
     norms: list[Tensor] = []
@@ -698,32 +706,37 @@ def _write(
             norms.append(block.float().norm(dim=1))
             yield block
 
-    slots, kept = [], []
-    for picture in pictures:
-        slots.append(-1 if picture is None else len(kept))
-        if picture is not None:
-            kept.append(picture)
-    size = tuple(kept[0].shape) if kept else (3, 0, 0)
+    kept = [picture for picture in pictures if picture is not None]
+    has = torch.tensor([picture is not None for picture in pictures])
+    slots = torch.where(has, has.cumsum(0) - 1, -1)
+    size = tuple(kept[0]().shape) if kept else (3, 0, 0)
     rows = len(labels) * cells
     entries = {
         "features": bankfile.Entry(dtype, (rows, width), passing()),
         "norms": bankfile.Entry(torch.float32, (rows,), norms),
         "labels": bankfile.Entry(torch.int64, (len(labels),), [labels]),
-        "picture_slots": bankfile.Entry(torch.int64, (len(labels),), [torch.tensor(slots, dtype=torch.int64)]),
-        "pictures": bankfile.Entry(torch.uint8, (len(kept), *size), kept),
+        "picture_slots": bankfile.Entry(torch.int64, (len(labels),), [slots]),
+        "pictures": bankfile.Entry(torch.uint8, (len(kept), *size), (picture() for picture in kept)),
     }
     meta = {name: index[name] for name in _INDEX if name != "labels"}
     bankfile.write(path, entries, {"format": _FORMAT, "bank": json.dumps(meta)})
 
 
+def _thunk(picture: Tensor | None) -> Callable[[], Tensor] | None:
+    return None if picture is None else lambda: picture
+
+
 def _metadata(file: bankfile.TensorFile) -> dict[str, Any]:
+    """The bank's index but for the labels, from a file that must be a bank."""
     needed = ("features", "norms", "labels", "picture_slots", "pictures")
     if file.metadata.get("format") != _FORMAT or not all(name in file for name in needed):
         raise ValueError(f"{file.path} is no candidate bank (format {_FORMAT}); CandidateBank.save writes one")
     try:
         meta = json.loads(file.metadata["bank"])
+        meta["seen"] = {int(label): count for label, count in meta["seen"].items()}
+        meta["image_size"] = None if meta["image_size"] is None else tuple(meta["image_size"])
         return {name: meta[name] for name in _INDEX if name != "labels"}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file.path} is damaged: its description of the bank cannot be read") from error
 
 
@@ -737,15 +750,15 @@ def _image_budget(keep_images: bool | int | str) -> int:
     raise ValueError(f'keep_images is {keep_images!r}; expected "auto", True, False or a number of bytes')
 
 
-def _nothing_left(gathered: _Gathered, wanted: set[int] | None, correct_only: bool, clf: Classifier) -> str:
+def _nothing_left(gathered: _Gathered, wanted: set[int] | None, clf: Classifier) -> str:
     if gathered.n_images == 0:
         return "the bank would be empty: the loader gave no images"
     if not gathered.seen:
         names = ", ".join(clf.class_name(c) for c in sorted(wanted or ()))
         return f"the bank would be empty: none of the {gathered.n_images} images is labelled {names}"
     return (
-        f"the bank would be empty: none of the {sum(gathered.seen.values())} images of the wanted classes is classified "
-        f"as its label; check labels and preprocessing{', or use correct_only=False' if correct_only else ''}"
+        f"the bank would be empty: none of the {sum(gathered.seen.values())} images of the wanted classes is "
+        "classified as its label: check labels and preprocessing, or use correct_only=False"
     )
 
 

@@ -86,9 +86,8 @@ def write_tensor(file: IO[bytes], tensor: Tensor) -> int:
     array = tensor.detach().cpu().contiguous().numpy()
     if sys.byteorder == "big":
         array = array.byteswap()
-    data = memoryview(array.reshape(-1)).cast("B") if array.size else b""
-    file.write(data)
-    return len(data)
+    file.write(array.reshape(-1).view(np.uint8).data)
+    return int(array.nbytes)
 
 
 class TensorFile:
@@ -162,7 +161,7 @@ class TensorFile:
 
 def read_into(file: IO[bytes], array: np.ndarray, offset: int) -> None:
     """Fill a contiguous array from the file's bytes at `offset`, without moving the file's position."""
-    view = memoryview(array.reshape(-1)).cast("B")
+    view = array.reshape(-1).view(np.uint8).data
     while view:
         count = os.preadv(file.fileno(), [view], offset)
         if count == 0:

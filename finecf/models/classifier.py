@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from finecf.models.fold import HeadFold, HeadFolder, tolerance
 from finecf.models.layers import (
     Layout,
+    all_finite,
     close_names,
     find_layer,
     input_channels,
@@ -208,12 +209,8 @@ class Classifier:
             raise ValueError(
                 f"images has {x.shape[1]} channels (shape {list(x.shape)}); the model takes {channels}{hint}"
             )
-        finite = torch.isfinite(x.flatten(1)).all(1) if x.numel() else x.new_ones(0, dtype=torch.bool)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            raise ValueError(
-                f"images holds NaN or inf (image {rows[0]} of the batch): clean the images before explaining"
-            )
+        if not all_finite(x):
+            raise ValueError(f"images holds NaN or inf ({_first_bad(x)}): clean the images before explaining")
         return x.to(self.device)
 
     # Running the model
@@ -269,7 +266,7 @@ class Classifier:
         x = self._check_images(x)
         with self.eval_mode():
             logits = self._logits_of(self._forward(x))
-        if not bool(torch.isfinite(logits).all()):
+        if not all_finite(logits):
             raise ValueError("the model gives NaN or inf logits for these images")
         return logits
 
@@ -279,8 +276,8 @@ class Classifier:
             raise ValueError("features requires grad, and explanations are not differentiated: pass features.detach()")
         with self.eval_mode():
             logits = self._head_logits(features)
-        if not bool(torch.isfinite(logits).all()):
-            what = "the head gives" if bool(torch.isfinite(features).all()) else "features holds"
+        if not all_finite(logits):
+            what = "the head gives" if all_finite(features) else "features holds"
             raise ValueError(f"{what} NaN or inf behind layer {self.layer_name!r}: no logits can be computed")
         return logits
 
@@ -297,7 +294,7 @@ class Classifier:
                 module = self.model.get_submodule(name)
                 handles.append(
                     module.register_forward_hook(
-                        lambda _, __, output, name=name: maps.__setitem__(  # type: ignore[misc]
+                        lambda _, __, output, name=name: maps.__setitem__(
                             name, self._raise_half(Layout.of(output, name).to_map(output).clone())
                         )
                     )
@@ -320,7 +317,7 @@ class Classifier:
             return None
         if features.shape[0] == 0:
             raise ValueError("features is an empty batch; the head is folded on at least one map")
-        if not bool(torch.isfinite(features).all()):
+        if not all_finite(features):
             raise ValueError(f"features of layer {self.layer_name!r} holds NaN or inf")
         if self._folder is None:
             self._folder = HeadFolder(
@@ -464,10 +461,9 @@ class Classifier:
         self.head_error = max(error, self.head_error or 0.0)
 
     def _check_finite(self, features: Tensor, logits: Tensor) -> None:
-        if features.numel() and not bool(torch.isfinite(features).all()):
-            bad = (~torch.isfinite(features.flatten(1)).all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"layer {self.layer_name!r} gives NaN or inf (image {bad[0]} of the batch)")
-        if not bool(torch.isfinite(logits).all()):
+        if not all_finite(features):
+            raise ValueError(f"layer {self.layer_name!r} gives NaN or inf ({_first_bad(features)})")
+        if not all_finite(logits):
             raise ValueError(f"the head behind layer {self.layer_name!r} gives NaN or inf logits")
 
     def _resolutions(self, x: Tensor) -> list[str]:
@@ -485,7 +481,7 @@ class Classifier:
         handles = []
         try:
             for name, module in self.model.named_modules():
-                handles.append(module.register_forward_hook(lambda _, __, out, name=name: note(name, out)))  # type: ignore[misc]
+                handles.append(module.register_forward_hook(lambda _, __, out, name=name: note(name, out)))
             height, width = self.features(x).shape[2:]
         finally:
             for handle in handles:
@@ -506,3 +502,9 @@ class Classifier:
     @staticmethod
     def _raise_half(tensor: Tensor) -> Tensor:
         return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _first_bad(batch: Tensor) -> str:
+    """Which of a batch [B,...] is the first to hold NaN or inf, in words."""
+    bad = ~torch.isfinite(batch.flatten(1)).all(1)
+    return f"image {int(bad.nonzero()[0])} of the batch"

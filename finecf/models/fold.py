@@ -19,10 +19,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, tor
 _PROBE_BYTES = 32 << 20
 
 
-def tolerance(dtype: torch.dtype, reference: Tensor) -> float:
-    """Difference from `reference` that rounding in `dtype` explains, with room to spare."""
+def tolerance(dtype: torch.dtype, reference: Tensor, least: float = 1.0) -> float:
+    """Difference from `reference` that rounding in `dtype` explains, with room to spare; `least`: its least scale."""
     scale = float(reference.abs().max()) if reference.numel() else 0.0
-    return _TOLERANCE[dtype] * max(1.0, scale)
+    return _TOLERANCE[dtype] * max(least, scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +31,9 @@ class HeadFold:
 
     Attributes:
         kind: `linear` (cells add to the logits) or `first_linear` (cells add to the first linear layer's output).
-        weight: [C,D] for `linear`; for `first_linear` the layer's own weight [Hd,D*Q], Q pooled cells.
+        weight: [C,D] for `linear`; for `first_linear` [Q,Hd,D], what each of Q pooled cells is multiplied with.
         bias: [C] or [Hd].
-        max_error: largest difference from the real head on the features that `Classifier.fold` was given.
+        max_error: largest difference from the real head on the first map that `Classifier.fold` was given.
         cells: P, the cells of the map the fold was made for.
         pooling: [Q,P] for `first_linear`: what cell p adds to pooled cell q; None for `linear`, where it is 1/P.
     """
@@ -66,23 +66,30 @@ class HeadFold:
 
     def cell_preactivations(self, features: Tensor) -> Tensor:
         """What each cell adds to the first linear layer's output: [B,D,H,W] -> [B,P,Hd]. `first_linear` only."""
-        self._require("first_linear", "cell_preactivations")
-        cells = features.to(self.weight.dtype).flatten(2)
-        out = cells.new_empty(cells.shape[0], self.cells, self.weight.shape[0])
-        for cell in range(self.cells):
-            torch.matmul(cells[:, :, cell], self._cell_weight(cell).T, out=out[:, cell])
+        pooling = self._pooling_weights("cell_preactivations")
+        cells = features.to(self.weight.dtype).flatten(2).transpose(1, 2)
+        out = cells.new_zeros(cells.shape[0], self.cells, self.weight.shape[1])
+        for share, weight in zip(pooling, self.weight, strict=True):
+            used = share.nonzero().flatten()
+            out[:, used] += torch.matmul(cells[:, used] * share[used, None], weight.T)
         return out
 
     def candidate_preactivations(self, rows: Tensor, cell_index: int | Tensor) -> Tensor:
         """What bank rows [N,D] would add in place of a cell, [N,Hd]; `cell_index`: one cell, or one per row [N]."""
-        self._require("first_linear", "candidate_preactivations")
+        pooling = self._pooling_weights("candidate_preactivations")
         rows = rows.to(self.weight.dtype)
-        if isinstance(cell_index, int):
-            return torch.matmul(rows, self._cell_weight(cell_index).T)
-        out = rows.new_empty(rows.shape[0], self.weight.shape[0])
-        for cell in cell_index.unique().tolist():
-            chosen = cell_index == cell
-            out[chosen] = torch.matmul(rows[chosen], self._cell_weight(int(cell)).T)
+        index = torch.as_tensor(cell_index, device=rows.device).expand(rows.shape[0])
+        out = rows.new_empty(rows.shape[0], self.weight.shape[1])
+        for cell in index.unique().tolist():
+            used = pooling[:, cell].nonzero().flatten()
+            # Usually one pooled cell of weight one, or the only one there is: no other product is needed.
+            share = pooling[used, cell]
+            if len(used) == 1:
+                weight, factor = self.weight[int(used)], float(share)
+            else:
+                weight, factor = torch.einsum("q,qhd->hd", share, self.weight[used]), 1.0
+            chosen = index == cell
+            out[chosen] = torch.matmul(rows[chosen], weight.T).mul_(factor)
         return out
 
     def tail(self, preactivations: Tensor) -> Tensor:
@@ -91,16 +98,10 @@ class HeadFold:
         assert self._tail is not None
         return self._tail(preactivations)
 
-    def _cell_weight(self, cell: int) -> Tensor:
-        """The first linear layer's weight as one cell's channels meet it, [Hd,D]."""
+    def _pooling_weights(self, what: str) -> Tensor:
+        self._require("first_linear", what)
         assert self.pooling is not None
-        weights = self.pooling[:, cell]
-        blocks = self.weight.unflatten(1, (-1, weights.numel()))
-        used = weights.nonzero().flatten().tolist()
-        if len(used) == 1:
-            block = blocks[:, :, used[0]]
-            return block if float(weights[used[0]]) == 1.0 else block * weights[used[0]]
-        return torch.matmul(blocks, weights)
+        return self.pooling
 
     def _require(self, kind: str, what: str) -> None:
         if self.kind != kind:
@@ -109,6 +110,16 @@ class HeadFold:
 
 class _InputSeen(Exception):
     """Ends a forward once the first linear layer's input is known."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """How a head folds: kind, the linear layer's name and the pooling; or kind `none` and why."""
+
+    kind: str = "none"
+    name: str = ""
+    pooling: Tensor | None = None
+    reason: str = ""
 
 
 class HeadFolder:
@@ -138,69 +149,92 @@ class HeadFolder:
         self._finish = finish
         self._tail_of = tail_of
         self._dtype = dtype
-        self._plans: dict[tuple[int, ...], tuple[str, str, Tensor | None]] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._turned: dict[str, tuple[tuple[int, int, torch.dtype], Tensor]] = {}
 
     def fold(self, features: Tensor) -> tuple[HeadFold | None, str]:
-        """The fold for maps like `features` [B,D,H,W], checked on them, and the reason in words."""
+        """The fold for maps like `features` [B,D,H,W], checked on the first of them, and the reason in words."""
         grid = tuple(features.shape[1:])
         if grid not in self._plans:
             self._plans[grid] = self._plan(features)
-        kind, subject, pooling = self._plans[grid]
-        if kind == "none":
-            return None, subject
-        fold = self._build(kind, subject, pooling, features)
-        probe = torch.cat([features, _mixed(features[:1])])
-        want = self._run(probe)
-        got = _folded_logits(fold, probe)
-        error = float((got - want).abs().max())
+        plan = self._plans[grid]
+        if plan.kind == "none":
+            return None, plan.reason
+        fold = self._build(plan, features)
+        want = self._run(features[:1])
+        error = float((_summed_logits(fold, features[:1]) - want).abs().max())
         if not error <= tolerance(self._dtype, want):
+            del self._plans[grid]
             return None, (
-                f"none: the head behind {subject!r} is not a function of a sum over cells "
+                f"none: the head behind {plan.name!r} is not a function of a sum over cells "
                 f"(the fold differs from the real head by {error:.2g})"
             )
-        fold = replace(fold, max_error=error)
-        where = f"average pooling and {subject!r}" if kind == "linear" else f"a sum over cells up to {subject!r}"
-        return fold, f"{kind}: {where} (largest difference from the real head {error:.1e})"
-
-    def _build(self, kind: str, name: str, pooling: Tensor | None, features: Tensor) -> HeadFold:
-        weight, bias = _weight_and_bias(self._model.get_submodule(name))
-        dtype = features.dtype
-        weight, bias = weight.to(dtype), bias.to(dtype)
-        cells = features.shape[2] * features.shape[3]
-        if kind == "linear":
-            return HeadFold("linear", weight, bias, 0.0, cells)
-        return HeadFold(
-            "first_linear", weight, bias, 0.0, cells, pooling, lambda preactivations: self._finish(name, preactivations)
+        where = (
+            f"average pooling and {plan.name!r}" if fold.kind == "linear" else f"a sum over cells up to {plan.name!r}"
+        )
+        return (
+            replace(fold, max_error=error),
+            f"{fold.kind}: {where} (largest difference from the real head {error:.1e})",
         )
 
-    def _plan(self, features: Tensor) -> tuple[str, str, Tensor | None]:
-        """(kind, name of the linear layer, pooling), or ("none", reason, None)."""
+    def _build(self, plan: _Plan, features: Tensor) -> HeadFold:
+        weight, bias = _weight_and_bias(self._model.get_submodule(plan.name))
+        bias = bias.to(features.dtype)
+        cells = features.shape[2] * features.shape[3]
+        if plan.kind == "linear":
+            return HeadFold("linear", weight.to(features.dtype), bias, 0.0, cells)
+        return HeadFold(
+            "first_linear",
+            self._by_cell(plan.name, weight, features),
+            bias,
+            0.0,
+            cells,
+            plan.pooling,
+            lambda preactivations: self._finish(plan.name, preactivations),
+        )
+
+    def _by_cell(self, name: str, weight: Tensor, features: Tensor) -> Tensor:
+        """A first linear layer's weight [Hd,D*Q] as [Q,Hd,D] in memory, turned once while the layer stays the same."""
+        state = (weight.data_ptr(), -1 if weight.is_inference() else weight._version, features.dtype)
+        kept = self._turned.get(name)
+        if kept is None or kept[0] != state or state[1] < 0:
+            turned = weight.unflatten(1, (features.shape[1], -1)).permute(2, 0, 1).to(features.dtype).contiguous()
+            self._turned = {name: (state, turned)}
+        return self._turned[name][1]
+
+    def _plan(self, features: Tensor) -> _Plan:
         # At a scale of one, so that a head is not taken for a sum because the cells hardly count beside its bias.
+        features = features[:1]
         scale = float(features.abs().mean())
-        features = features / scale if scale > 0 else features
+        if scale > 0:
+            features = features / scale
+        else:
+            features = torch.linspace(0, 2, features.numel(), dtype=features.dtype, device=features.device).view_as(
+                features
+            )
+        features = torch.cat([features, _mixed(features)])
         name, value = self._first_linear(features)
         if name is None:
             within = f" in {self._head!r}" if self._head else ""
-            return "none", f"none: no linear layer was called{within} behind the map", None
-        probe = torch.cat([features[:1], _mixed(features[:1])])
-        logits = self._run(probe)
+            return _Plan(reason=f"none: no linear layer was called{within} behind the map")
+        logits = self._run(features)
         weight, _ = _weight_and_bias(self._model.get_submodule(name))
         if weight.shape == (logits.shape[1], features.shape[1]):
-            fold = self._build("linear", name, None, features)
-            if self._agrees(_folded_logits(fold, probe), logits):
-                return "linear", name, None
+            plan = _Plan("linear", name)
+            if self._agrees(_summed_logits(self._build(plan, features), features), logits):
+                return plan
         pooling = self._pooling(features, value)
         if pooling is None:
-            return "none", f"none: the input of {name!r} is not a fixed weighted sum of the cells", None
+            return _Plan(reason=f"none: the input of {name!r} is not a fixed weighted sum of the cells")
         rest = self._tail_of(name)
         if not rest.traced:
-            return "none", f"none: the layers behind {name!r} cannot be run alone: {rest.reason}", None
+            return _Plan(reason=f"none: the layers behind {name!r} cannot be run alone: {rest.reason}")
         if rest.needs_image:
-            return "none", f"none: the layers behind {name!r} read the image's shape", None
-        return "first_linear", name, pooling
+            return _Plan(reason=f"none: the layers behind {name!r} read the image's shape")
+        return _Plan("first_linear", name, pooling)
 
     def _agrees(self, got: Tensor, want: Tensor) -> bool:
-        return float((got - want).abs().max()) <= tolerance(self._dtype, want)
+        return float((got - want).abs().max()) <= tolerance(self._dtype, want, least=1e-2)
 
     def _first_linear(self, features: Tensor) -> tuple[str | None, Tensor]:
         """Name and input of the first linear layer that a forward of the head calls."""
@@ -215,7 +249,7 @@ class HeadFolder:
         try:
             for name, module in self._model.named_modules():
                 if _is_linear(module) and (name == self._head or name.startswith(prefix)):
-                    handles.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args)))  # type: ignore[misc]
+                    handles.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args)))
             self._run(features)
         except _InputSeen:
             return seen[0]
@@ -225,9 +259,9 @@ class HeadFolder:
         return None, features
 
     def _pooling(self, features: Tensor, value: Tensor) -> Tensor | None:
-        """What a cell adds to each pooled cell, [Q,P], if `value` is such a sum over the cells of `features`; else None.
+        """What a cell adds to each pooled cell, [Q,P], if `value` is such a sum over the cells of `features`.
 
-        It is seen by lighting the cells one at a time, in all channels at once.
+        It is seen by lighting the cells one at a time, in all channels at once. None: it is no such sum.
         """
         _, channels, height, width = features.shape
         cells = height * width
@@ -253,14 +287,15 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor]:
-    weight = module.weight.detach()
-    assert isinstance(weight, Tensor)
-    weight = weight.flatten(1)
-    bias = module.bias
-    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()  # type: ignore[operator]
+    weight, bias = module.weight, module.bias
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"the weight of {type(module).__name__} is a {type(weight).__name__}; expected a tensor")
+    flat = weight.detach().flatten(1)
+    return flat, bias.detach() if isinstance(bias, Tensor) else flat.new_zeros(flat.shape[0])
 
 
-def _folded_logits(fold: HeadFold, features: Tensor) -> Tensor:
+def _summed_logits(fold: HeadFold, features: Tensor) -> Tensor:
+    """The logits as a sum over cells."""
     if fold.kind == "linear":
         return fold.bias + fold.cell_logits(features).sum(1)
     return fold.tail(fold.bias + fold.cell_preactivations(features).sum(1))

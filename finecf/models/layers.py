@@ -90,8 +90,13 @@ def plain_eval(model: nn.Module, device_type: str) -> Iterator[None]:
             module.training = True
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. The sum tells in one pass; only a sum that overflows needs a second look."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
 def unwrap(model: object) -> nn.Module:
-    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`; others come back as they are."""
+    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`; else the model itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model is a {type(model).__name__}; expected a torch.nn.Module that maps images [B,3,H,W] to logits [B,C]"
@@ -176,9 +181,7 @@ def find_layer(model: nn.Module, forward: Callable[[Tensor], object], device: to
         try:
             for name, module in model.named_modules():
                 if name:
-                    handles.append(
-                        module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out))  # type: ignore[misc]
-                    )
+                    handles.append(module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out)))
             with plain_eval(model, device.type):
                 forward(torch.zeros(1, channels, side, side, device=device, dtype=dtype))
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
