@@ -68,7 +68,7 @@ def test_only_the_stable_interface_of_torch_2_11_is_used() -> None:
 @needs_libraries
 def test_only_c_functions_are_exported() -> None:
     expected = {
-        "_C.so": {"finecf_cpu_isa", "finecf_cpu_isa_levels", "finecf_set_cpu_isa"},
+        "_C.so": {"finecf_cpu_isa", "finecf_cpu_isa_levels", "finecf_set_cpu_isa", "finecf_set_packed_limit"},
         "_C_cuda.so": {"finecf_cuda_version"},
     }
     for library in LIBRARIES:

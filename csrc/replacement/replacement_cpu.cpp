@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -190,7 +191,7 @@ struct Choice {
 // Below this many pairs an edit scores them all directly: cheaper than one panel of the factorised scan.
 constexpr int64_t kDirectPairs = 512;
 // Packed factors of the candidates beyond this are not kept but made again panel by panel at every edit.
-constexpr int64_t kPackedBytes = int64_t(512) << 20;
+std::atomic<int64_t> packed_limit{int64_t(512) << 20};
 
 // The candidates' side of the factorisation, for the rows [first, last) that any image of the batch may use.
 template <class T>
@@ -205,7 +206,7 @@ class CandidatePanels {
         count_((last - first + kernels_.tile_cols - 1) / kernels_.tile_cols),
         row_max_(count_ * kernels_.tile_cols) {
     const int64_t panel = classes_ * kernels_.tile_cols;
-    kept_ = count_ * panel * int64_t(sizeof(T)) <= kPackedBytes;
+    kept_ = count_ * panel * int64_t(sizeof(T)) <= packed_limit.load(std::memory_order_relaxed);
     if (kept_) packed_.resize(count_ * panel);
     std::mutex guard;
     parallel_tiles(count_, 1, [&](int64_t begin, int64_t end) {
@@ -276,7 +277,7 @@ class ImageSearch {
   Choice best(const T* logits, const std::vector<int64_t>& cells) {
     std::vector<Pair> pairs;
     if (cells.empty()) return {};
-    if (shortlist_) {
+    if (p_.shortlist) {  // also where it is empty: nothing is allowed then
       list_shortlist(cells, pairs);
     } else if (int64_t(cells.size()) * (end_ - begin_) <= kDirectPairs) {
       for (size_t r = 0; r < cells.size(); ++r)
@@ -528,6 +529,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> replace_until_flip(
 
 }  // namespace
 }  // namespace finecf
+
+// For tests: the bytes above which packed candidates are not kept; returns the bytes before.
+extern "C" __attribute__((visibility("default"))) int64_t finecf_set_packed_limit(int64_t bytes) {
+  return finecf::packed_limit.exchange(bytes);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(finecf, CPU, m) {
   m.impl("nearest_candidates", TORCH_BOX(&finecf::nearest_candidates));

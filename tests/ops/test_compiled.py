@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -154,3 +155,21 @@ def test_direct_calls_are_checked_too() -> None:
         torch.ops.finecf.permutation_shapley_tiles(
             game["cell_logits"], game["base_logits"], orders, game["target"], "prob", True
         )
+
+
+@pytest.mark.skipif(not _native.cpu_isa_levels() or cases.DEVICE.type != "cpu", reason="needs the compiled CPU library")
+@cases.compiled_implementations
+def test_panels_that_are_not_kept_give_the_same_bits(implementation: str) -> None:
+    """A bank whose packed factors pass a limit is packed again, panel by panel, at every edit."""
+    arguments = cases.search(batch=2, cells=13, classes=33, rows=500)
+    set_limit = ctypes.CDLL(_native.build_info()["cpu"]["path"]).finecf_set_packed_limit
+    set_limit.argtypes, set_limit.restype = [ctypes.c_int64], ctypes.c_int64
+    kept = ops.replace_until_flip(**arguments)
+    before = set_limit(0)
+    try:
+        again = ops.replace_until_flip(**arguments)
+    finally:
+        set_limit(before)
+    assert before > 0
+    assert int(kept.n_edits.max()) > 0
+    assert all(torch.equal(one, two) for one, two in zip(kept, again, strict=True))
