@@ -40,13 +40,6 @@ Version parse_version(const std::string& name) {
   throw py::value_error("version must be \"naive\" or \"fast\", got \"" + name + "\"");
 }
 
-Value parse_value(const std::string& name) {
-  const char* const names[] = {"prob", "log_prob", "log_odds", "logit"};
-  for (int i = 0; i < 4; ++i)
-    if (name == names[i]) return static_cast<Value>(i);
-  throw py::value_error("value must be \"prob\", \"log_prob\", \"log_odds\" or \"logit\", got \"" + name + "\"");
-}
-
 // Runs `work(launcher, version)` and remembers which kernels it used.
 template <typename Work>
 void with_launcher(const Plan& plan, Work work) {
@@ -117,7 +110,7 @@ py::array masked_class_scores(const py::array& cell_logits, const py::array& bas
     const auto cell = send(cell_logits);
     with_launcher(plan, [&](auto& launcher, Version version) {
       run_masked_class_scores(launcher, version, cell.data(), base.data(), rows.data(), chosen.data(),
-                              parse_value(value), images, count, cells, classes, scores.data());
+                              value_named("masked_class_scores", value), images, count, cells, classes, scores.data());
     });
   });
   return download(scores, {images, count});
@@ -141,8 +134,8 @@ py::tuple permutation_shapley_tiles(const py::array& cell_logits, const py::arra
     const auto cell = send(cell_logits);
     with_launcher(plan, [&](auto& launcher, Version version) {
       run_permutation_shapley_tiles(launcher, version, cell.data(), base.data(), orders.data(), chosen.data(),
-                                    parse_value(value), antithetic, images, count, cells, classes, mean.data(),
-                                    m2.data());
+                                    value_named("permutation_shapley_tiles", value), antithetic, images, count, cells,
+                                    classes, mean.data(), m2.data());
     });
   });
   return py::make_tuple(download(mean, {images, tiles, cells}), download(m2, {images, tiles, cells}));
