@@ -9,18 +9,15 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-EMBEDDED_DPI = 80
+EMBEDDED_WIDTH = 1100
 
 
 @dataclass
 class Row:
-    """One explanation in the report: the values of the table's columns, and its figure (None: none was drawn)."""
+    """One explanation in the report: the values of the table's columns, and the file of its figure, if any."""
 
     values: Sequence[str]
-    figure: Figure | None = None
-    file: str | None = None
+    figure: Path | None = None
 
 
 @dataclass
@@ -42,15 +39,19 @@ class Report:
 
         source = files("finecf.report").joinpath("templates", "report.html").read_text(encoding="utf-8")
         template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-        rows = [(row.values, _embedded(row.figure) if row.figure is not None else None) for row in self.rows]
+        rows = [(row.values, None if row.figure is None else _embedded(row.figure)) for row in self.rows]
         text = template.render(report=self, rows=rows)
         path = Path(path)
         path.write_text(text, encoding="utf-8")
         return path
 
 
-def _embedded(figure: Figure) -> str:
-    """A figure as a data address: JPEG, since a report may hold a hundred of them."""
+def _embedded(figure: Path) -> str:
+    """A figure's file as a data address: a smaller JPEG, since a report may hold a hundred of them."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=EMBEDDED_DPI, pil_kwargs={"quality": 82})
+    with Image.open(figure) as picture:
+        picture.thumbnail((EMBEDDED_WIDTH, 4 * EMBEDDED_WIDTH))
+        picture.convert("RGB").save(buffer, format="JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
