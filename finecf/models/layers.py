@@ -107,6 +107,8 @@ def unwrap(model: object) -> nn.Module:
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrap(model.module)
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("model has lazy layers that were never run: call it once on a batch before wrapping it")
     inner = getattr(model, "_orig_mod", None)
     return unwrap(inner) if isinstance(inner, nn.Module) else model
 
