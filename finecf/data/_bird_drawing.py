@@ -23,6 +23,8 @@ Points = np.ndarray
 """Float64 [N,2] of (x, y)."""
 
 SUPERSAMPLING = 2
+SHAPE_FLOOR = 0.4
+"""A weakly marked beak or tail still has this share of its shape."""
 PART_NUMBER = {part: number for number, part in enumerate(PARTS, start=1)}
 
 PALETTE: dict[str, Colour] = {
@@ -72,16 +74,16 @@ class BirdSettings:
     wing_turn: tuple[float, float] = (-7.0, 7.0)
     rare_pose: float = 0.10
     colour_jitter: float = 9.0
-    marking: tuple[float, float] = (2.0, 1.0)
-    marking_floor: float = 0.2
+    marking: tuple[float, float] = (1.4, 1.1)
+    marking_floor: float = 0.04
     size_jitter: float = 0.12
     light: tuple[float, float] = (0.78, 1.15)
     light_gradient: float = 0.22
     tint: float = 0.05
-    noise: tuple[float, float] = (2.0, 10.0)
+    noise: tuple[float, float] = (2.0, 12.0)
     blur: float = 0.25
     blur_radius: tuple[float, float] = (0.3, 0.75)
-    occlusion: float = 0.4
+    occlusion: float = 0.45
     occluders: int = 2
     label_flip: float = 0.05
 
@@ -414,6 +416,10 @@ class _Painter:
         """A named colour on `ground`, as strong as this bird's marking of the part."""
         return _mix(ground, self.colour(part, name), self.marking[part])
 
+    def shaping(self, part: str) -> float:
+        """How far the outline of a part is from the plain one."""
+        return SHAPE_FLOOR + (1 - SHAPE_FLOOR) * self.marking[part]
+
     def paint(self) -> None:
         """All parts, from the farthest to the nearest."""
         for part in (
@@ -431,7 +437,7 @@ class _Painter:
 
     def tail(self) -> None:
         shape, colour_name, tip_name = self.bird.parts["tail"]
-        number, frame, k = PART_NUMBER["tail"], self.frames.tail, self.marking["tail"]
+        number, frame, k = PART_NUMBER["tail"], self.frames.tail, self.shaping("tail")
         (plain_length, plain), (length, outline) = TAILS["square"], TAILS[shape]
         outline = plain + (outline - plain) * k
         scale = np.array([(plain_length + (length - plain_length) * k) * self.frames.tail_size, 1.0])
@@ -447,7 +453,7 @@ class _Painter:
 
     def legs(self) -> None:
         number = PART_NUMBER["legs"]
-        colour = _mix(PALETTE["charcoal"], self.colour("legs", self.bird.parts["legs"][0]), self.marking["legs"])
+        colour = self.marked("legs", self.bird.parts["legs"][0], PALETTE["charcoal"])
         c, s = math.cos(self.pitch), math.sin(self.pitch)
         for x, shade in ((0.12, 0.8), (0.01, 1.0)):
             hip = np.array([x * c - 0.24 * s, x * s + 0.24 * c])  # turns with the body; the foot stays on the perch
@@ -515,11 +521,11 @@ class _Painter:
 
     def beak(self) -> None:
         shape, colour_name = self.bird.parts["beak"]
-        number, k = PART_NUMBER["beak"], self.marking["beak"]
+        number, k = PART_NUMBER["beak"], self.shaping("beak")
         (plain_length, plain), (length, outline) = BEAKS["plain"], BEAKS[shape]
         length = (plain_length + (length - plain_length) * k) * self.frames.beak_size
         frame = _within(self.frames.head, _frame(*BEAK_BASE))
-        colour = _mix(PALETTE["grey"], self.colour("beak", colour_name), k)
+        colour = self.marked("beak", colour_name, PALETTE["grey"])
         scale = np.array([length, 1.0])
         outline = (plain + (outline - plain) * k) * scale
         self.pen.shape(frame, outline, colour, number, edge=0.012)
