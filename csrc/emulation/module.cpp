@@ -165,7 +165,7 @@ struct Upload {
   Array cell_logits, candidate_logits, similarity;
   simt::DeviceArray<int64_t> target, range;
   std::optional<simt::DeviceArray<int64_t>> shortlist;
-  int64_t images, cells, classes, candidates, listed = 0;
+  int64_t images, cells, classes, candidates, listed = kNoShortlist;
 
   Upload(Send send, const py::array& cell, const py::array& candidate, const py::array& similar,
          const py::array& chosen, const py::array& rows, const std::optional<py::array>& list)

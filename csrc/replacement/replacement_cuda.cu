@@ -102,7 +102,7 @@ Problem check_problem(const char* op, const Tensor& cell_logits, const Tensor& c
                   cells,
                   classes,
                   candidates,
-                  0,
+                  kNoShortlist,
                   weight_sim,
                   weight_cls};
   if (shortlist) {

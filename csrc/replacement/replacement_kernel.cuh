@@ -229,6 +229,9 @@ static __global__ void __launch_bounds__(256) unpack_keys(const Key* __restrict_
 
 constexpr int kScoreWarps = kTileThreads / kWarp;
 
+// A shortlist may be empty (K = 0): then nothing is allowed.
+constexpr int64_t kNoShortlist = -1;
+
 // What stays the same through a search. Passed to kernels by value.
 template <typename T>
 struct SearchInput {
@@ -237,8 +240,9 @@ struct SearchInput {
   const T* similarity;             // [B, P, N]
   const int64_t* target;           // [B]
   const int64_t* candidate_range;  // [B, 2]
-  const int64_t* shortlist;        // [B, P, K] or null
-  int64_t images, candidates, listed;
+  const int64_t* shortlist;        // [B, P, K]
+  int64_t images, candidates;
+  int64_t listed;  // K, or kNoShortlist
   int cells, classes;
   double weight_sim, weight_cls;
 };
@@ -510,7 +514,7 @@ __global__ void __launch_bounds__(kTileThreads) score_pairs_naive(SearchInput<T>
     Found one = none_found();
     one.cell = state.active[b * in.cells + i / in.candidates];
     one.candidate = i % in.candidates;
-    bool listed = in.shortlist == nullptr;
+    bool listed = in.listed == kNoShortlist;
     for (int64_t s = 0; s < in.listed && !listed; ++s)
       listed = in.shortlist[(b * in.cells + one.cell) * in.listed + s] == one.candidate;
     if (!listed || !may_use(in, state, b, one.candidate)) continue;
@@ -756,7 +760,7 @@ void run_nearest_candidates(Launcher& launcher, Version version, const T* query,
 template <typename T, typename Launcher>
 SearchState make_search_state(Launcher& launcher, Version version, const SearchInput<T>& in) {
   SearchState state{};
-  const bool factorised = version == Version::kFast && in.shortlist == nullptr;
+  const bool factorised = version == Version::kFast && in.listed == kNoShortlist;
   state.active = launcher.template scratch<int>(in.images * in.cells);
   state.active_count = launcher.template scratch<int>(in.images);
   if (factorised) {
@@ -777,9 +781,9 @@ SearchState make_search_state(Launcher& launcher, Version version, const SearchI
 
 template <typename T, typename Launcher>
 void run_peaks(Launcher& launcher, Version version, const SearchInput<T>& in, const SearchState& state) {
-  if (version == Version::kNaive || in.shortlist != nullptr) return;
+  if (version == Version::kNaive || in.listed != kNoShortlist) return;
   const int64_t most = ceil_div(8 * launcher.multiprocessors(), in.images), work = ceil_div(in.candidates, 256 / kWarp);
-  const int blocks = static_cast<int>(work < most ? work : most);
+  const int blocks = static_cast<int>(work < 1 ? 1 : work < most ? work : most);
   launcher.run("find_peaks", find_peaks<T>, static_cast<unsigned>(in.images * blocks), 256, 0, in, blocks, state.peak);
 }
 
@@ -789,7 +793,7 @@ void run_scores(Launcher& launcher, Version version, const SearchInput<T>& in, c
   const unsigned grid = static_cast<unsigned>(in.images * state.blocks_per_image);
   if (version == Version::kNaive) {
     launcher.run("score_pairs_naive", score_pairs_naive<T>, grid, kTileThreads, 0, in, state);
-  } else if (in.shortlist != nullptr) {
+  } else if (in.listed != kNoShortlist) {
     launcher.run("score_shortlist", score_shortlist<T>, grid, kTileThreads, 0, in, state);
   } else {
     launcher.run("prepare_cells", prepare_cells<T>, blocks_for(in.images * in.cells, kScoreWarps), kTileThreads, 0, in,
