@@ -377,24 +377,18 @@ class _Frames:
         place = _frame(scene.centre[0] * side, scene.centre[1] * side, 0.0, mirror * self.unit, self.unit)
         self.upright = place  # of the perch and of the legs' lower ends: the bird's place without its pitch
         self.bird = _within(place, _frame(0.0, 0.0, scene.pitch))
-        size = dict(zip(PARTS, scene.part_size, strict=True))
+        self.size = dict(zip(PARTS, scene.part_size, strict=True))
         turned = -1.0 if scene.head_back else 1.0
         self.head = _within(self.bird, _frame(*NECK, scene.head_turn, turned))
         self.tail = _within(self.bird, _frame(*RUMP, scene.tail_turn, -1.0))
         self.wing = _within(self.bird, _frame(*SHOULDER, scene.wing_turn))
-        self.beak_size, self.tail_size, self.eye_size, self.crest_size = (
-            size["beak"],
-            size["tail"],
-            size["eye"],
-            size["crest"],
-        )
 
     def of(self, name: str) -> np.ndarray:
         """The frame a key point is given in."""
         if name == "beak":
-            return _within(self.head, _frame(*BEAK_BASE, 0.0, BEAKS["plain"][0] * self.beak_size, 1.0))
+            return _within(self.head, _frame(*BEAK_BASE, 0.0, BEAKS["plain"][0] * self.size["beak"], 1.0))
         if name == "tail":
-            return _within(self.tail, _frame(0.0, 0.0, 0.0, TAILS["square"][0] * self.tail_size, 1.0))
+            return _within(self.tail, _frame(0.0, 0.0, 0.0, TAILS["square"][0] * self.size["tail"], 1.0))
         return {"bird": self.bird, "head": self.head, "wing": self.wing}[name]
 
 
@@ -440,7 +434,7 @@ class _Painter:
         number, frame, k = PART_NUMBER["tail"], self.frames.tail, self.shaping("tail")
         (plain_length, plain), (length, outline) = TAILS["square"], TAILS[shape]
         outline = plain + (outline - plain) * k
-        scale = np.array([(plain_length + (length - plain_length) * k) * self.frames.tail_size, 1.0])
+        scale = np.array([(plain_length + (length - plain_length) * k) * self.frames.size["tail"], 1.0])
         colour = self.colour("tail", colour_name)
         self.pen.shape(frame, outline * scale, colour, number, edge=0.018)
         for y in (-0.4, 0.4):
@@ -505,7 +499,7 @@ class _Painter:
         if shape == "none":
             return
         # A weakly marked crest lies flat: its points are drawn towards the crown.
-        lift = 0.45 + 0.55 * self.marking["crest"] * self.frames.crest_size
+        lift = 0.45 + 0.55 * self.marking["crest"] * self.frames.size["crest"]
         crown = np.array([0.06, -0.20])
         outline = crown + (CRESTS[shape] - crown) * lift
         self.pen.shape(self.frames.head, outline, self.colour("crest", colour_name), PART_NUMBER["crest"], edge=0.016)
@@ -523,7 +517,7 @@ class _Painter:
         shape, colour_name = self.bird.parts["beak"]
         number, k = PART_NUMBER["beak"], self.shaping("beak")
         (plain_length, plain), (length, outline) = BEAKS["plain"], BEAKS[shape]
-        length = (plain_length + (length - plain_length) * k) * self.frames.beak_size
+        length = (plain_length + (length - plain_length) * k) * self.frames.size["beak"]
         frame = _within(self.frames.head, _frame(*BEAK_BASE))
         colour = self.marked("beak", colour_name, PALETTE["grey"])
         scale = np.array([length, 1.0])
@@ -534,7 +528,7 @@ class _Painter:
 
     def eye(self) -> None:
         iris, ring = self.bird.parts["eye"]
-        number, frame, size = PART_NUMBER["eye"], self.frames.head, self.frames.eye_size
+        number, frame, size = PART_NUMBER["eye"], self.frames.head, self.frames.size["eye"]
         ground = self.colour("head", self.bird.parts["head"][0])
         self.pen.shape(frame, ellipse(*EYE, 0.080 * size, 0.074 * size, n=18), self.marked("eye", ring, ground), number)
         self.pen.shape(frame, ellipse(*EYE, 0.042 * size, 0.042 * size, n=14), self.colour("eye", iris), number)
@@ -556,9 +550,7 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
         + rng.normal(0, 15, (12, 12, 1))
         + rng.normal(0, 7, (12, 12, 3))
     )
-    coarse = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8), "RGB").resize(
-        (side, side), Image.Resampling.BICUBIC
-    )
+    coarse = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     coarse.putalpha(0)
     return coarse
 

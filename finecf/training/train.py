@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -70,8 +71,9 @@ def _reporter(progress: bool | Progress) -> Iterator[Progress]:
     bars: dict[str, tqdm[None]] = {}
 
     def report(stage: str, done: int, total: int) -> None:
-        bar = bars.setdefault(stage, tqdm(total=total, desc=stage, unit="") if stage not in bars else bars[stage])
-        bar.update(done - bar.n)
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage)
+        bars[stage].update(done - bars[stage].n)
 
     try:
         yield report
@@ -107,6 +109,16 @@ def _augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return moved.flip(-1) if coin else moved
 
 
+def _read_state(resume_file: Path) -> dict[str, Any]:
+    """The state of an interrupted training; a ValueError where the file is broken."""
+    try:
+        return torch.load(resume_file, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"resume: {resume_file} is truncated or not a training state ({error}); delete it, or pass resume=False"
+        ) from error
+
+
 def _fit(
     net: nn.Module,
     images: torch.Tensor,
@@ -124,11 +136,11 @@ def _fit(
     that a run that was interrupted and resumed gives the same weights as one that was not.
     """
     optimiser = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    per_epoch = max(1, len(images) // recipe.batch)
+    per_epoch = len(images) // recipe.batch
     fingerprint = json.dumps({**asdict(recipe), **of, "images": len(images)}, sort_keys=True)
     first = 0
     if resume and resume_file.is_file():
-        state = torch.load(resume_file, weights_only=True)
+        state = _read_state(resume_file)
         if state["fingerprint"] != fingerprint:
             raise ValueError(
                 f"resume: {resume_file} is of a run with other settings ({state['fingerprint']}); "

@@ -77,6 +77,10 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         train_birds(out, progress=interrupt, **TINY)
     with pytest.raises(ValueError, match=r"resume: .*birds.safetensors.resume is of a run with other settings"):
         train_birds(out, **{**TINY, "epochs": 4})
+    state = out.with_name(out.name + ".resume")
+    state.write_bytes(state.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"resume: .*birds.safetensors.resume is truncated"):
+        train_birds(out, **TINY)
     train_birds(out, resume=False, **{**TINY, "epochs": 1})
     assert out.exists()
 
@@ -95,9 +99,10 @@ def test_bad_settings_get_a_sentence(tmp_path: Path, arguments: dict[str, Any], 
         train_birds(tmp_path / "b.safetensors", **{**TINY, **arguments})
 
 
-def test_bfloat16_and_digits(tmp_path: Path) -> None:
-    meta = train_birds(tmp_path / "b.safetensors", precision="bfloat16", **{**TINY, "epochs": 1})
+def test_bfloat16_and_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = train_birds(tmp_path / "b.safetensors", precision="bfloat16", progress=True, **{**TINY, "epochs": 1})
     assert meta["recipe"]["precision"] == "bfloat16"
+    assert "draw train: 100%" in capsys.readouterr().err
     meta = train_digits(tmp_path / "d.safetensors", epochs=2)
     assert meta["accuracy"] > 0.7
     net, read = load_digits_net(tmp_path / "d.safetensors")
