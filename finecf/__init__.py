@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from finecf import _native
 from finecf._native import build_info
+from finecf._version import __version__
 
 if TYPE_CHECKING:
     from finecf import data, explainers, metrics, models, ops, reference, report, training
     from finecf.explainers import FGVCE, FGVCEExplanation, load
     from finecf.models import CandidateBank, Classifier, HeadFold, wrap
-
-__version__ = "0.1.0"
 
 # Public name -> module that defines it; a name that is itself a module maps to None.
 _PUBLIC: dict[str, str | None] = {

@@ -19,6 +19,8 @@ from typing import Any, Final, Literal, cast
 
 import torch
 
+from finecf._version import __version__
+
 Backend = Literal["auto", "native", "reference"]
 
 BACKENDS: Final = ("auto", "native", "reference")
@@ -232,8 +234,6 @@ def build_info() -> dict[str, Any]:
         names), and for "cpu" and "cuda" a dict with `loaded`, `path`, `reason` (None when loaded) and, for the CPU,
         `isa` and `isa_levels`, for CUDA `cuda_version` (of the compiler, None when not built).
     """
-    from finecf import __version__
-
     cpu, cuda = _libraries["cpu"], _libraries["cuda"]
     return {
         "finecf": __version__,

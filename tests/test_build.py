@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 import torch
 
-import finecf
 from finecf import _native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,11 +96,6 @@ def test_cuda_library_brings_its_own_runtime() -> None:
 def test_schemas_of_the_bindings_are_the_operators() -> None:
     text = (ROOT / "csrc" / "bindings.cpp").read_text()
     assert tuple(re.findall(r'm\.def\(\s*"(\w+)\(', text)) == _native.OPERATORS
-
-
-@needs_source
-def test_versions_agree() -> None:
-    assert f'version = "{finecf.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 # ---- wheels ----------------------------------------------------------------------------------------------------------

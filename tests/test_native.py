@@ -28,7 +28,7 @@ def bare_package(tmp_path: Path) -> Path:
     """A folder for PYTHONPATH with a finecf that has the loader, but neither shared object."""
     package = tmp_path / "finecf"
     package.mkdir()
-    for name in ("__init__.py", "_native.py"):
+    for name in ("__init__.py", "_native.py", "_version.py"):
         shutil.copy(PACKAGE / name, package)
     return tmp_path
 
