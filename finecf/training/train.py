@@ -248,7 +248,7 @@ def _train(
 
 def train_birds(
     out: str | os.PathLike[str] = "birds.safetensors",
-    epochs: int = 10,
+    epochs: int = 12,
     images: int = 12_000,
     test_images: int = 4_000,
     classes: int = 20,
