@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kWalkWarps* kWarp, 1)
     FINECF_DYNAMIC_SHARED(float, staged);  // [P + 1, C]
     const int floats = (cells + 1) * classes;
     for (int i = static_cast<int>(threadIdx.x); i < floats; i += kWalkWarps * kWarp) staged[i] = game[i];
-    __syncthreads();
+    __syncthreads();  // the game is staged
     game = staged;
   }
   const int64_t units = walks * class_tiles, stride = int64_t{blocks_per_image} * kWalkWarps;

@@ -136,15 +136,16 @@ class GuardedBytes {
 template <typename T>
 class DeviceArray {
  public:
-  explicit DeviceArray(int64_t count) : bytes_(static_cast<size_t>(count) * sizeof(T)), count_(count) {}
+  explicit DeviceArray(int64_t count)
+      : bytes_(std::make_unique<GuardedBytes>(static_cast<size_t>(count) * sizeof(T))), count_(count) {}
   DeviceArray(const T* source, int64_t count) : DeviceArray(count) {
-    if (count != 0) std::memcpy(bytes_.data(), source, static_cast<size_t>(count) * sizeof(T));
+    if (count != 0) std::memcpy(bytes_->data(), source, static_cast<size_t>(count) * sizeof(T));
   }
-  T* data() const { return reinterpret_cast<T*>(bytes_.data()); }
+  T* data() const { return reinterpret_cast<T*>(bytes_->data()); }
   int64_t size() const { return count_; }
 
  private:
-  GuardedBytes bytes_;
+  std::unique_ptr<GuardedBytes> bytes_;
   int64_t count_;
 };
 
@@ -355,8 +356,10 @@ inline void on_bad_access(int, siginfo_t* info, void*) {
   }
   char address[32];
   std::snprintf(address, sizeof address, "%p", info->si_addr);
-  m.fault = at_work() + ", " + who(*m.current) + ": access to " + address +
-            ", outside every array of this launch; last synchronised at " + where(m.current->place);
+  m.fault =
+      at_work() + ", " + who(*m.current) + ": access to " + address +
+      ", outside every array of this launch and the thread's own stack; " +
+      (m.current->place.line == 0 ? "it has not synchronised yet" : "last synchronised at " + where(m.current->place));
   m.current = nullptr;
   siglongjmp(m.escape, 1);
 }

@@ -74,7 +74,8 @@ def emulated(build: Build) -> ModuleType:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         location = build(CSRC / "emulation" / "module.cpp", name + suffix, *shared, *includes)
     spec = importlib.util.spec_from_file_location(name, location)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

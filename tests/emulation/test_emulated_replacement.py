@@ -42,7 +42,7 @@ def test_nearest_against_float64(
     want, _ = expected_neighbours(query, bank, k)
     cosine, index = emulated.nearest_candidates(query, bank, k, emulated.Plan(version=version, seed=k))
     np.testing.assert_allclose(cosine, want, rtol=0, atol=1e-6)
-    # Rounding may order near-equal cosines differently: what counts is the value at the index, and that none comes twice.
+    # Rounding may order near-equal cosines differently: what counts is the value at the index, and that all differ.
     at_index = np.take_along_axis(float64.cosines(query, bank), index, 1)
     np.testing.assert_allclose(at_index, cosine, rtol=0, atol=1e-6)
     assert all(len(set(row)) == k for row in index.tolist())
@@ -333,7 +333,7 @@ def test_already_the_target(emulated: ModuleType) -> None:
 
 
 def test_equal_logits_are_the_lowest_class(emulated: ModuleType) -> None:
-    """Every class alike: the prediction is class 0, so an image that wants class 0 has it and one that wants 1 has not."""
+    """With all classes alike the prediction is class 0: an image that wants 0 has it, one that wants 1 has not."""
     arguments = problem(2, 3, 300, 5)
     arguments["cell_logits"][:] = 0
     arguments["candidate_logits"][:] = 0

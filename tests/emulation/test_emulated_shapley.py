@@ -160,3 +160,13 @@ def test_half_precision_inputs(emulated: ModuleType, convert: Any, value: str, v
 def test_unknown_value_is_refused(emulated: ModuleType) -> None:
     with pytest.raises(RuntimeError, match='value must be "prob", "log_prob", "log_odds" or "logit", got "odds"'):
         scores(emulated, game(*SMALL), "odds")
+
+
+def test_a_bad_access_is_an_error_that_says_where(emulated: ModuleType) -> None:
+    g = game(*SMALL)
+    g["permutations"][3, 2] = 10_000_000
+    with pytest.raises(
+        RuntimeError, match=r"kernel walk_permutations.*, block .*, thread .*: access to .* outside every array"
+    ):
+        walk(emulated, g, "prob")
+    assert np.isfinite(walk(emulated, game(*SMALL), "prob")[0]).all()

@@ -1,0 +1,117 @@
+"""Faults put into the real kernels must be caught by the emulation. A mutant that survives fails the test; so does a
+mutation whose text is no longer in the source.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+SEEDS = range(3)
+
+SCORES, REPLACEMENT, WALKS = 1, 2, 3
+"""The operator that mutant_main.cpp runs."""
+
+
+class Mutant(NamedTuple):
+    """A change of one line of a kernel, and how the emulation must notice it."""
+
+    file: str
+    line: str
+    change: str
+    case: int
+    caught_as: str
+
+
+BARRIER = "__syncthreads();  // the slab is whole"
+
+MUTANTS = {
+    "removed barrier": Mutant("simt/tile.cuh", BARRIER, "", SCORES, "wrong"),
+    "removed second barrier": Mutant(
+        "simt/tile.cuh", "__syncthreads();  // nobody reads the slab any more", "", SCORES, "wrong"
+    ),
+    "removed barrier after staging": Mutant(
+        "shapley/shapley_kernel.cuh", "__syncthreads();  // the game is staged", "", WALKS, "wrong"
+    ),
+    "divergent barrier": Mutant(
+        "simt/tile.cuh",
+        BARRIER,
+        "if (threadIdx.x < 64) { __syncthreads(); } else {\n __syncthreads(); }",
+        SCORES,
+        "fault",
+    ),
+    "barrier for some threads": Mutant(
+        "replacement/replacement_kernel.cuh",
+        "__syncthreads();  // the next tile overwrites the losses",
+        "if (warp != 0) __syncthreads();",
+        REPLACEMENT,
+        "fault",
+    ),
+    "out-of-bounds read": Mutant(
+        "shapley/shapley_kernel.cuh",
+        "return first + column < classes && p < cells ?",
+        "return first + column < classes ?",
+        SCORES,
+        "fault",
+    ),
+    "off-by-one index": Mutant(
+        "simt/tile.cuh", "fetch(from + kTileDepth);", "fetch(from + kTileDepth - 1);", SCORES, "wrong"
+    ),
+    "wrong shuffle width": Mutant(
+        "shapley/shapley_kernel.cuh", "for (int offset = 8; offset", "for (int offset = 4; offset", SCORES, "wrong"
+    ),
+    "a lane too few in a mask": Mutant(
+        "simt/reduce.cuh",
+        "__shfl_xor_sync(kAllLanes, best.cell, offset)",
+        "__shfl_xor_sync(kAllLanes >> 1, best.cell, offset)",
+        REPLACEMENT,
+        "fault",
+    ),
+    "tie to the highest index": Mutant(
+        "simt/reduce.cuh", "a.candidate < b.candidate", "a.candidate > b.candidate", REPLACEMENT, "wrong"
+    ),
+    "last partial tile dropped": Mutant(
+        "simt/tile.cuh", "from < depth; from +=", "from + kTileDepth <= depth; from +=", SCORES, "wrong"
+    ),
+    "guard dropped": Mutant(
+        "replacement/replacement_kernel.cuh",
+        "static_cast<double>(mine) <= bar)",
+        "static_cast<double>(mine) < least)",
+        REPLACEMENT,
+        "wrong",
+    ),
+}
+
+
+def outcomes(build, tree: Path, case: int) -> list[str]:
+    program = build(HERE / "mutant_main.cpp", "mutant", "-O0", "-Wno-unused", f"-DFINECF_CASE={case}", csrc=tree)
+    runs = []
+    for seed in SEEDS:
+        done = subprocess.run([program, str(seed)], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
+        runs.append(done.stdout.strip())
+    return runs
+
+
+@pytest.mark.parametrize("case", [SCORES, REPLACEMENT, WALKS])
+def test_the_kernels_as_they_are_pass(build, case: int) -> None:
+    assert outcomes(build, CSRC, case) == ["right"] * len(SEEDS)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(build, tmp_path: Path, name: str) -> None:
+    mutant = MUTANTS[name]
+    tree = tmp_path / "csrc"
+    for folder in ("simt", "shapley", "replacement"):
+        shutil.copytree(CSRC / folder, tree / folder, ignore=shutil.ignore_patterns("*.cpp", "*.cu"))
+    source = (tree / mutant.file).read_text()
+    assert source.count(mutant.line) == 1, f"{mutant.file} must hold {mutant.line!r} once: adapt the mutation"
+    (tree / mutant.file).write_text(source.replace(mutant.line, mutant.change))
+    caught = [said.split()[0] for said in outcomes(build, tree, mutant.case)]
+    assert mutant.caught_as in caught, f"{name}: survived with {caught}"
