@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -26,7 +27,7 @@ from finecf.data import ImageFolderDataset, LabelledImages, SyntheticBirds, digi
 from finecf.explainers import FGVCE, PRESETS
 from finecf.explainers.fgvce import MICRO_BATCH
 from finecf.metrics import dilate_masks, share_on_mask
-from finecf.metrics.evaluate import evaluate_birds, find_mistakes
+from finecf.metrics.evaluate import Mistake, evaluate_birds, find_mistakes
 from finecf.models import CandidateBank, Classifier, wrap
 from finecf.report import Run
 from finecf.training import load_birds_net, load_digits_net, train_birds, train_digits
@@ -39,6 +40,8 @@ app = typer.Typer(
 )
 
 DEMO_REFERENCES = 800
+DEMO_CHOICE = 3
+DEMO_EDITS = 10
 EVALUATE_IMAGES = 20_000
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
@@ -236,15 +239,15 @@ def _demo_birds(n: int) -> Run:
         classifier, DataLoader(references.tensors(), batch_size=64), keep_images=True, progress=None
     )
     rich.print(f"Looking for {n} test images that it really gets wrong ...")
-    found, looked_at = find_mistakes(classifier, test, n)
-    mistakes = [mistake for mistake in found if mistake.visible][:n]
+    found, looked_at = find_mistakes(classifier, test, DEMO_CHOICE * n)
+    mistakes = _varied([mistake for mistake in found if mistake.visible])[:n]
     run = Run(
         "Why did the network take one bird for another?",
         "A small network, trained on drawn birds, makes real mistakes on test images that it never saw. Each figure "
         "shows which cells of its last feature map FG-VCE replaced by cells of other images of the true class until "
         "the network gave the right answer. The generator knows which parts tell the two classes apart; the column "
         "'on parts' says how many of the replacements fall on them.",
-        FGVCE(classifier, bank, minimal=True),
+        FGVCE(classifier, bank, max_edits=DEMO_EDITS, minimal=True),
     )
     for mistake in mistakes:
         item = mistake.item
@@ -255,6 +258,17 @@ def _demo_birds(n: int) -> Run:
         result.notes.append(f"the parts that tell these two classes apart here: {parts}")
     run.totals["test images looked at"] = str(looked_at)
     return run
+
+
+def _varied(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """The mistakes, the first of every pair of classes before the second of any."""
+    seen: Counter[tuple[int, int]] = Counter()
+    ranked = []
+    for mistake in mistakes:
+        pair = (mistake.predicted, mistake.target)
+        ranked.append((seen[pair], mistake))
+        seen[pair] += 1
+    return [mistake for _, mistake in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def _demo_digits(n: int) -> Run:
@@ -272,7 +286,7 @@ def _demo_digits(n: int) -> Run:
         "A small network, trained on handwritten digits, makes a few real mistakes on test digits. Each figure shows "
         "which cells of its last feature map FG-VCE replaced by cells of other digits of the true class until the "
         "network gave the right answer.",
-        FGVCE(classifier, bank, minimal=True),
+        FGVCE(classifier, bank, max_edits=DEMO_EDITS, minimal=True),
     )
     for i in wrong[:n]:
         image, label, source = test[i]

@@ -32,7 +32,7 @@ PART_COLOURS: Final = ("#ffd23f", "#4cc9f0", "#f72585", "#80ed99", "#f8961e", "#
 
 SHOWN_EDITS: Final = 6
 SWAPS_A_ROW: Final = 3
-DPI: Final = 110
+DPI: Final = 100
 
 
 def plot(explanation: Explanation, path: str | Path | None = None) -> Figure:
@@ -61,6 +61,12 @@ def displayable(image: Tensor) -> NDArray[np.float32]:
     if low < 0 or high > 1:
         shown = (shown - low) / max(high - low, 1e-12)
     return shown.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+
+
+def short_source(explanation: Explanation) -> str:
+    """The image's name: of a file its folder and name, else all of it."""
+    source = explanation.source or "image"
+    return "/".join(Path(source).parts[-2:]) if Path(source).is_absolute() or Path(source).is_file() else source
 
 
 def _fgvce(explanation: FGVCEExplanation) -> Figure:
@@ -128,9 +134,7 @@ def _headline(figure: Figure, explanation: FGVCEExplanation) -> None:
         text += f" The first {SHOWN_EDITS} are shown."
     figure.text(0.02, 1 - 0.48 / height, text, fontsize=12, color=QUIET, va="top")
     if explanation.source:
-        figure.text(
-            0.98, 0.08 / height, "/".join(Path(explanation.source).parts[-2:]), fontsize=8, color=QUIET, ha="right"
-        )
+        figure.text(0.98, 0.08 / height, short_source(explanation), fontsize=8, color=QUIET, ha="right")
 
 
 def _where(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float32]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 import rich
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -17,10 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from finecf.explainers import FGVCE, FGVCEExplanation
-from finecf.report.figures import plot
+from finecf.report.figures import plot, short_source
 from finecf.report.html import Report, Row
 
 TABLE_WIDTH = 80
+NAMES = ("image", "is", "taken for")
 
 
 @dataclass
@@ -45,8 +47,7 @@ class Run:
     def publish(self, out: Path) -> None:
         """Print the table and the totals; write the figures, the table and the report."""
         out.mkdir(parents=True, exist_ok=True)
-        columns = ["image", "is", "taken for", "flipped", "edits"]
-        columns += ["on parts", "seconds"] if self.on_parts else ["seconds"]
+        columns = [*NAMES, "flip", "edits", *(["on parts"] if self.on_parts else []), "ms"]
         self.totals = self._totals() | self.totals
         rows = [self._row(i) for i in range(len(self.results))]
         self._print(columns, rows)
@@ -88,7 +89,7 @@ class Run:
     def _row(self, i: int) -> list[str]:
         result = self.results[i]
         row = [
-            _short_source(result),
+            short_source(result),
             result.target_name,
             result.predicted_name,
             "yes" if result.flipped else "no",
@@ -96,14 +97,19 @@ class Run:
         ]
         if self.on_parts:
             row.append(f"{self.on_parts[i]:.0%}")
-        return [*row, f"{result.seconds:.3f}"]
+        return [*row, f"{1000 * result.seconds:.0f}"]
 
     def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
-        table = Table(title=escape(self.title))
+        table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        # Only names may be cut where the terminal is narrow.
+        figures = sum(len(column) + 1 for column in columns if column not in NAMES)
         for column in columns:
-            numeric = column in ("edits", "on parts", "seconds")
-            table.add_column(column, justify="right" if numeric else "left", overflow="ellipsis", no_wrap=not numeric)
+            if column in NAMES:
+                room = (console.width - figures - 2) // len(NAMES) - 1
+                table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=room)
+            else:
+                table.add_column(column, justify="right", min_width=len(column))
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
@@ -111,9 +117,5 @@ class Run:
             console.print(f"  {name}: [bold]{escape(value)}[/]", highlight=False)
 
 
-def _short_source(result: FGVCEExplanation) -> str:
-    return "/".join(Path(result.source or "image").parts[-2:])
-
-
 def _stem(result: FGVCEExplanation) -> str:
-    return "_".join(Path(result.source or "image").with_suffix("").parts[-2:])
+    return "_".join(Path(short_source(result)).with_suffix("").parts)
