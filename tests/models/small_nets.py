@@ -59,6 +59,17 @@ class Twice(PooledNet):
         return self.fc(self.body(self.trunk(x)).mean((2, 3)))
 
 
+class Flat(PooledNet):
+    """Flatten and one linear layer: each cell has weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.trunk(x).flatten(1))
+
+
 class ReluBehind(PooledNet):
     """As DenseNet: a functional, in-place ReLU between the layer and the pooling."""
 
@@ -68,6 +79,20 @@ class ReluBehind(PooledNet):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.features(x), inplace=True).mean((2, 3)))
+
+
+class InPlace(PooledNet):
+    """The head works in place on the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.trunk(x).sub_(0.1).abs_().mean((2, 3)))
+
+
+class InPlaceControlFlow(InPlace):
+    """The same, and torch.fx cannot trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 if float(x.sum()) < float("inf") else 0)
 
 
 class Tokens(nn.Module):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from models.small_nets import (
     Around,
     ControlFlow,
+    InPlace,
+    InPlaceControlFlow,
     PooledNet,
     ReadsBatchSize,
     ReluBehind,
@@ -108,6 +110,22 @@ def test_relu_behind_the_layer_belongs_to_the_map() -> None:
     fold = clf.fold(features)
     assert fold is not None
     assert fold.kind == "linear"
+
+
+@pytest.mark.parametrize("net", [InPlace, InPlaceControlFlow])
+def test_heads_that_work_in_place_leave_the_map_alone(net: type[nn.Module]) -> None:
+    model = seeded(net)
+    clf = finecf.wrap(model, layer="body")
+    x = images(2)
+    features, logits = clf.features_and_logits(x)
+    with torch.no_grad():
+        assert torch.equal(features, model.trunk(x))
+    before = features.clone()
+    torch.testing.assert_close(clf.logits_from(features), logits)
+    assert clf.fold(features) is None
+    assert clf.cam(features, 0).shape == (2, 8, 8)
+    assert torch.equal(features, before)
+    torch.testing.assert_close(clf.logits_from(features), logits)
 
 
 def test_unknown_layer_lists_close_names() -> None:

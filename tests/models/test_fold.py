@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models.small_nets import PooledNet, images, seeded
+from models.small_nets import Flat, PooledNet, images, seeded
 from torch import Tensor, nn
 
 import finecf
@@ -171,17 +171,6 @@ class MaxHead(PooledNet):
 class FunctionalHead(PooledNet):
     def forward(self, x: Tensor) -> Tensor:
         return self.trunk(x).mean((2, 3)) @ self.fc.weight.T
-
-
-class Flat(PooledNet):
-    """Flatten and one linear layer: each cell has weights of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(12 * 64, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.trunk(x).flatten(1))
 
 
 class Squared(PooledNet):
