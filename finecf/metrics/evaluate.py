@@ -18,7 +18,7 @@ from finecf.metrics.baselines import centred_gaussian, grad_cam, occlusion, rand
 from finecf.metrics.bootstrap import paired_bootstrap
 from finecf.metrics.compactness import compactness
 from finecf.metrics.localisation import VISIBLE_PIXELS, auprc, dilate_masks, energy_share, max_hit
-from finecf.metrics.swaps import cells_on_mask, keypoint_scores, parts_in_cell, share_on_mask
+from finecf.metrics.swaps import SwapScores, cells_on_mask, keypoint_scores, parts_in_cell, share_on_mask
 from finecf.metrics.tables import Table
 from finecf.models import CandidateBank, Classifier
 
@@ -284,7 +284,7 @@ class _SwapParts:
         self.references = references
         self._drawn: dict[str, BirdItem] = {}
 
-    def scores(self, result: FGVCEExplanation, item: BirdItem) -> Any:
+    def scores(self, result: FGVCEExplanation, item: BirdItem) -> SwapScores:
         mine, theirs = [], []
         for edit in result.edits:
             other = self._reference(edit.reference_source)
