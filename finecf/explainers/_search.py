@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,12 +21,17 @@ FIRST_EDITS = 10
 """Edits that are tried before the cells ranked lower are looked at: nearly every search ends within them."""
 
 NOISE_FACTOR = 10
+"""How far above the numeric noise a gap must be not to count as a tie."""
+
+BALANCE = 0.5
+"""What the span of the cosine costs, as a share of the largest gain that one replacement brings (see `_balance`)."""
 
 
 @dataclass(frozen=True)
 class Rules:
     """What an edit may choose from and what it costs; None: no limit.
 
+    `weight_sim`: None stands for a weight that is found for each image (see `_balance`).
     `temperature`: the similarity is log-softmax(cosine / temperature) over the candidates in place of the cosine.
     `refresh`: edits after which the contributions are computed again.
     """
@@ -35,7 +40,7 @@ class Rules:
     top_candidates: int | None
     max_edits: int | None
     reuse_candidates: bool
-    weight_sim: float
+    weight_sim: float | None
     weight_cls: float
     temperature: float | None = None
     refresh: int | None = None
@@ -45,11 +50,13 @@ class Rules:
 class Trace:
     """The edits of one image, and `logits` [T+1,C] before the first and after each.
 
+    `weight_sim` is the weight that the similarity had in the losses.
     `ties` gives the edits (from 1) for which another pair came within the noise of the best one; a search that is one
     operator call does not see them, so they are looked for when they are asked for.
     """
 
     logits: Tensor
+    weight_sim: float
     cells: list[int] = field(default_factory=list)
     candidates: list[int] = field(default_factory=list)
     similarities: list[float] = field(default_factory=list)
@@ -95,7 +102,7 @@ def replace_until_flip(
 
 def _whole_search(game: LinearGame, pool: Pool, target: Tensor, scores: Tensor, rules: Rules) -> list[Trace]:
     """The search as one operator call; images that need many edits are searched once more, with all cells."""
-    limit = game.cells if rules.max_edits is None else min(rules.max_edits, game.cells)
+    limit = _limit(game, rules)
     traces = _operator_search(game, pool, target, scores, rules, min(limit, FIRST_EDITS))
     short = [i for i, trace in enumerate(traces) if FIRST_EDITS == trace.edits < limit and not _won(trace, target[i])]
     if short:
@@ -109,39 +116,39 @@ def _whole_search(game: LinearGame, pool: Pool, target: Tensor, scores: Tensor, 
 def _operator_search(
     game: LinearGame, pool: Pool, target: Tensor, scores: Tensor, rules: Rules, limit: int
 ) -> list[Trace]:
-    visited = _visited(scores, rules.top_cells, limit)
-    cell_logits = game.cell_logits.gather(1, visited[..., None].expand(-1, -1, game.logits.shape[1]))
-    cosine, similarity, shortlist = _similarity(game, pool, visited, rules)
+    choice = _choice(game, pool, target, scores, rules, _visited(scores, rules.top_cells, limit))
+    cell_logits = choice.cell_logits(game)
+    visited_scores = scores.gather(1, choice.visited)
     result = ops.replace_until_flip(
         cell_logits,
         pool.logits,
-        similarity,
+        choice.similarity,
         game.logits - cell_logits.sum(1),
         target,
-        scores.gather(1, visited),
+        visited_scores,
         _whole_range(pool.size, target),
-        shortlist,
+        choice.shortlist,
         rules.top_cells,
         limit,
         rules.reuse_candidates,
-        rules.weight_sim,
+        1.0,
         rules.weight_cls,
     )
     traces = []
-    choices = (pool.size if shortlist is None else shortlist.shape[2]) * min(rules.top_cells or game.cells, game.cells)
-    wanted = target.tolist()
+    wanted, weights = target.tolist(), choice.weight_sim.tolist()
     for i, edits in enumerate(result.n_edits.tolist()):
         at, rows = result.cells[i, :edits], result.candidates[i, :edits]
         trace = Trace(
             result.logits[i, : edits + 1],
-            visited[i, at].tolist(),
+            weights[i],
+            choice.visited[i, at].tolist(),
             rows.tolist(),
-            cosine[i, at, rows].tolist(),
+            choice.cosine[i, at, rows].tolist(),
             result.losses[i, :edits].tolist(),
-            evaluations=edits * choices,
+            evaluations=edits * choice.candidates * min(rules.top_cells or game.cells, game.cells),
         )
-        if edits and shortlist is None:
-            own = (cell_logits[i], similarity[i], scores[i].gather(0, visited[i]), wanted[i])
+        if edits and choice.shortlist is None:
+            own = cell_logits[i], choice.similarity[i], visited_scores[i], wanted[i]
             trace.ties = partial(_near_ties, *own, pool, trace, at, rules, game.head.noise)
         traces.append(trace)
     return traces
@@ -157,21 +164,20 @@ def _edit_by_edit(
     excluded: Tensor | None,
 ) -> list[Trace]:
     """The search as the method states it, for any head and any rule."""
-    limit = game.cells if rules.max_edits is None else min(rules.max_edits, game.cells)
+    limit = _limit(game, rules)
     visited = _visited(scores, None if rules.refresh else rules.top_cells, limit)
-    cosine, similarity, shortlist = _similarity(game, pool, visited, rules, excluded)
-    used = torch.zeros(len(target), pool.size, dtype=torch.bool, device=target.device)
-    used = used if excluded is None else used | excluded
+    choice = _choice(game, pool, target, scores, rules, visited, excluded)
+    used = choice.barred.clone()
     free = torch.ones_like(visited, dtype=torch.bool)
     logits = [game.logits]
-    traces = [Trace(game.logits[:0]) for _ in target]
-    ties: list[list[int]] = [[] for _ in target]
+    traces = [Trace(game.logits[:0], weight) for weight in choice.weight_sim.tolist()]
+    ties: list[list[int]] = [[] for _ in traces]
     for edit in range(limit):
         if rules.refresh and edit and edit % rules.refresh == 0:
             scores = rescore(game)
         open_ = logits[-1].argmax(1) != target
         allowed = _best_cells(scores.gather(1, visited), free, rules.top_cells) & open_[:, None]
-        found = _best_pairs(game, pool, visited, similarity, shortlist, target, allowed, used, rules)
+        found = _best(game, choice, allowed, used, rules.weight_cls)
         images = (found.cell >= 0).nonzero()[:, 0]
         if not len(images):
             break
@@ -185,11 +191,11 @@ def _edit_by_edit(
             trace = traces[i]
             trace.cells.append(int(visited[i, cell]))
             trace.candidates.append(row)
-            trace.similarities.append(float(cosine[i, cell, row]))
+            trace.similarities.append(float(choice.cosine[i, cell, row]))
             trace.losses.append(float(found.loss[i]))
             if float(found.gap[i]) <= NOISE_FACTOR * game.head.noise:
                 ties[i].append(edit + 1)
-            trace.evaluations += int(allowed[i].sum()) * (pool.size if shortlist is None else shortlist.shape[2])
+            trace.evaluations += int(allowed[i].sum()) * choice.candidates
     for i, trace in enumerate(traces):
         # An image that was finished earlier kept its logits while others went on.
         trace.logits = torch.stack([step[i] for step in logits[: trace.edits + 1]])
@@ -198,104 +204,172 @@ def _edit_by_edit(
 
 
 @dataclass
+class _Choice:
+    """What the edits of a search choose from: the pairs of a cell of `visited` [B,n] and a candidate of the pool.
+
+    cosine [B,n,N]; similarity [B,n,N], scaled so that 1 - similarity is the weighted similarity loss; shortlist [B,n,K]
+    of most similar candidates (None: all N); barred bool [B,N]; weight_sim [B], the weight that went into similarity.
+    """
+
+    pool: Pool
+    target: Tensor
+    visited: Tensor
+    cosine: Tensor
+    similarity: Tensor
+    shortlist: Tensor | None
+    barred: Tensor
+    weight_sim: Tensor
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates each cell has."""
+        return self.pool.size if self.shortlist is None else self.shortlist.shape[2]
+
+    def rows(self, image: int, at: Tensor) -> Tensor:
+        """Candidates [S,K] of some of the visited cells of an image."""
+        if self.shortlist is None:
+            return torch.arange(self.pool.size, device=at.device).expand(len(at), -1)
+        return self.shortlist[image, at]
+
+    def cell_logits(self, game: LinearGame) -> Tensor:
+        """Cell logits [B,n,C] of the visited cells."""
+        return game.cell_logits.gather(1, self.visited[..., None].expand(-1, -1, game.logits.shape[1]))
+
+
+def _choice(
+    game: Game,
+    pool: Pool,
+    target: Tensor,
+    scores: Tensor,
+    rules: Rules,
+    visited: Tensor,
+    excluded: Tensor | None = None,
+) -> _Choice:
+    cosine = pool.similarity(game.vectors(visited).flatten(0, 1)).unflatten(0, visited.shape)
+    similarity = cosine
+    if rules.temperature is not None:
+        similarity = torch.log_softmax(cosine / rules.temperature, dim=-1)
+    barred = torch.zeros(len(target), pool.size, dtype=torch.bool, device=target.device)
+    barred = barred if excluded is None else excluded
+    count = pool.size if rules.top_candidates is None else min(rules.top_candidates, pool.size)
+    shortlist = None
+    if count < pool.size or not isinstance(game, LinearGame):
+        shortlist = _most_similar(cosine if excluded is None else cosine.masked_fill(barred[:, None], -2), count)
+    choice = _Choice(pool, target, visited, cosine, similarity, shortlist, barred, similarity.new_ones(len(target)))
+    if rules.weight_sim is None:
+        choice.weight_sim = _balance(game, choice, scores, rules)
+    else:
+        choice.weight_sim *= rules.weight_sim
+    choice.similarity = 1 - choice.weight_sim[:, None, None] * (1 - similarity)
+    return choice
+
+
+def _balance(game: Game, choice: _Choice, scores: Tensor, rules: Rules) -> Tensor:
+    """The weight [B] that makes the two losses comparable over the pairs of the first edit.
+
+    The span of the cosine then costs half of what the best single replacement takes off the class loss: a replacement
+    is never so dear that nearly identical cells, which change nothing, are preferred to one that repairs the mistake.
+    """
+    first = _best_cells(
+        scores.gather(1, choice.visited), torch.ones_like(choice.visited, dtype=torch.bool), rules.top_cells
+    )
+    alone = replace(choice, similarity=torch.ones_like(choice.similarity))
+    best = _least(game, alone, first, choice.barred, 1.0).loss
+    now = -game.logits.log_softmax(1).gather(1, choice.target[:, None])[:, 0]
+    low = choice.similarity.masked_fill(~first[..., None], math.inf).flatten(1).amin(1)
+    high = choice.similarity.masked_fill(~first[..., None], -math.inf).flatten(1).amax(1)
+    span = (high - low).clamp_min(torch.finfo(low.dtype).eps)
+    gain = torch.where(best.isfinite(), now - best, 0).clamp_min(0)
+    return rules.weight_cls * BALANCE * gain / span
+
+
+@dataclass
 class _Found:
-    """The best pair of each image, [B] each: -1, -1, +inf where nothing is allowed; gap: to the second best."""
+    """The best pair of each image, [B] each: -1, -1, +inf where nothing is allowed; gap: how much worse the next is."""
 
     cell: Tensor
     candidate: Tensor
     loss: Tensor
     gap: Tensor
 
+    @staticmethod
+    def nothing(like: Tensor) -> _Found:
+        """No pair for any image; `like` [B,...] gives batch, type and device of the losses."""
+        none = torch.full((len(like),), -1, device=like.device)
+        return _Found(none, none.clone(), like.new_full((len(like),), math.inf), like.new_full((len(like),), math.inf))
 
-def _best_pairs(
-    game: Game,
-    pool: Pool,
-    visited: Tensor,
-    similarity: Tensor,
-    shortlist: Tensor | None,
-    target: Tensor,
-    allowed: Tensor,
-    used: Tensor,
-    rules: Rules,
-) -> _Found:
+
+def _best(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+    """The pair of least loss among the allowed cells [B,n] and the candidates that are not used [B,N], and the gap."""
+    best = _least(game, choice, allowed, used, weight_cls)
+    if not isinstance(game, LinearGame):
+        return best
+    images = (best.cell >= 0).nonzero()[:, 0]
+    # Any other pair differs in its cell or in its candidate, so the second best is the better of these two.
+    elsewhere, others = allowed.clone(), used.clone()
+    elsewhere[images, best.cell[images]] = False
+    others[images, best.candidate[images]] = True
+    left = _least_linear(game, choice, elsewhere, used, weight_cls)
+    right = _least_linear(game, choice, allowed, others, weight_cls)
+    best.gap[images] = (torch.minimum(left.loss, right.loss) - best.loss)[images]
+    return best
+
+
+def _least(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+    """As `_best`; the gap is found only where it costs nothing."""
     if isinstance(game, LinearGame):
-        return _best_linear(game, pool, visited, similarity, shortlist, target, allowed, used, rules)
-    if shortlist is None:
-        raise ValueError("a head that is not linear needs a shortlist of candidates; pass top_candidates")
-    count = len(target)
-    found = _Found(
-        torch.full((count,), -1, device=target.device),
-        torch.full((count,), -1, device=target.device),
-        similarity.new_full((count,), math.inf),
-        similarity.new_full((count,), math.inf),
-    )
+        return _least_linear(game, choice, allowed, used, weight_cls)
+    return _least_scored(game, choice, allowed, used, weight_cls)
+
+
+def _least_linear(game: LinearGame, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+    """Through the operator, in slices of the pool that the memory budget allows."""
+    cell_logits, pool = choice.cell_logits(game), choice.pool
+    step = max(1024, game.head.budget // (32 * (game.logits.shape[1] + 2 * allowed.shape[1])))
+    best = _Found.nothing(game.logits)
+    for first in range(0, pool.size, step):
+        own = slice(first, min(first + step, pool.size))
+        found = ops.best_replacement(
+            cell_logits,
+            pool.logits[own],
+            choice.similarity[..., own],
+            game.logits,
+            choice.target,
+            allowed,
+            _whole_range(own.stop - first, choice.target),
+            None if choice.shortlist is None else choice.shortlist - first,
+            used[:, own],
+            1.0,
+            weight_cls,
+        )
+        # Of equal pairs the lowest cell wins, then the lowest candidate, which the earlier slice holds.
+        better = (found.loss < best.loss) | ((found.loss == best.loss) & (found.cell >= 0) & (found.cell < best.cell))
+        best = _Found(
+            torch.where(better, found.cell, best.cell),
+            torch.where(better, found.candidate + first, best.candidate),
+            torch.where(better, found.loss, best.loss),
+            best.gap,
+        )
+    return best
+
+
+def _least_scored(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+    """Through the head itself, which scores every cell with every candidate of its shortlist."""
+    best = _Found.nothing(game.logits)
     for i in allowed.any(1).nonzero()[:, 0].tolist():
         at = allowed[i].nonzero()[:, 0]
-        rows = shortlist[i, at]
-        logits = game.swap_logits(i, visited[i, at], pool, rows)
-        wanted = torch.log_softmax(logits, dim=-1)[..., int(target[i])]
-        loss = rules.weight_sim * (1 - similarity[i, at[:, None], rows]) - rules.weight_cls * wanted
+        rows = choice.rows(i, at)
+        logits = game.swap_logits(i, choice.visited[i, at], choice.pool, rows)
+        wanted = torch.log_softmax(logits, dim=-1)[..., int(choice.target[i])]
+        loss = (1 - choice.similarity[i, at[:, None], rows]) - weight_cls * wanted
         loss = loss.masked_fill(used[i, rows], math.inf)
-        best = loss.amin()
-        if not bool(best.isfinite()):
-            continue
-        cell = int((loss == best).any(1).nonzero()[0])
-        found.cell[i], found.loss[i] = at[cell], best
-        found.candidate[i] = rows[cell][loss[cell] == best].amin()
-        if loss.numel() > 1:
-            found.gap[i] = loss.flatten().topk(2, largest=False).values.diff()[0]
-    return found
-
-
-def _best_linear(
-    game: LinearGame,
-    pool: Pool,
-    visited: Tensor,
-    similarity: Tensor,
-    shortlist: Tensor | None,
-    target: Tensor,
-    allowed: Tensor,
-    used: Tensor,
-    rules: Rules,
-) -> _Found:
-    """Through the operator, in slices of the pool that the memory budget allows."""
-    cell_logits = game.cell_logits.gather(1, visited[..., None].expand(-1, -1, game.logits.shape[1]))
-    width = game.logits.shape[1] + 2 * allowed.shape[1]
-    step = max(1024, game.head.budget // (32 * width))
-
-    def best(allowed: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cell, candidate = torch.full_like(target, -1), torch.full_like(target, -1)
-        loss = game.logits.new_full(target.shape, math.inf)
-        for first in range(0, pool.size, step):
-            own = slice(first, min(first + step, pool.size))
-            found = ops.best_replacement(
-                cell_logits,
-                pool.logits[own],
-                similarity[..., own],
-                game.logits,
-                target,
-                allowed,
-                _whole_range(own.stop - first, target),
-                None if shortlist is None else shortlist - first,
-                used[:, own],
-                rules.weight_sim,
-                rules.weight_cls,
-            )
-            # Of equal slices the first wins, as the lowest candidate of the lowest cell must: compare cells too.
-            better = (found.loss < loss) | ((found.loss == loss) & (found.cell < cell) & (found.cell >= 0))
-            cell = torch.where(better, found.cell, cell)
-            candidate = torch.where(better, found.candidate + first, candidate)
-            loss = torch.where(better, found.loss, loss)
-        return cell, candidate, loss
-
-    cell, candidate, loss = best(allowed, used)
-    # Any other pair differs in its cell or in its candidate, so the second best is the better of these two.
-    images = (cell >= 0).nonzero()[:, 0]
-    elsewhere, others = allowed.clone(), used.clone()
-    elsewhere[images, cell[images]] = False
-    others[images, candidate[images]] = True
-    second = torch.minimum(best(elsewhere, used)[2], best(allowed, others)[2])
-    return _Found(cell, candidate, loss, second - loss)
+        least = loss.amin()
+        if bool(least.isfinite()):
+            cell = int((loss == least).any(1).nonzero()[0])
+            best.cell[i], best.loss[i] = at[cell], least
+            best.candidate[i] = rows[cell][loss[cell] == least].amin()
+            best.gap[i] = loss.flatten().sort().values[:2].diff().sum() if loss.numel() > 1 else math.inf
+    return best
 
 
 def _near_ties(
@@ -320,7 +394,7 @@ def _near_ties(
     sums = (rest - peak).exp_() @ pool.exponentials.T
     wanted = rest[:, target, None] + pool.logits[:, target]
     loss = sums.log_().add_(peak).add_(pool.peaks).sub_(wanted).mul_(rules.weight_cls)
-    loss += rules.weight_sim * (1 - similarity[cell])
+    loss += 1 - similarity[cell]
     if not rules.reuse_candidates:
         for done, row in enumerate(trace.candidates):
             loss[edit > done, row] = math.inf
@@ -347,21 +421,6 @@ def _best_cells(scores: Tensor, free: Tensor, top_cells: int | None) -> Tensor:
     return torch.zeros_like(free).scatter_(1, order, True) & free
 
 
-def _similarity(
-    game: Game, pool: Pool, visited: Tensor, rules: Rules, excluded: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cosine [B,n,N], the similarity that the loss uses, and the shortlist [B,n,K] of most similar candidates."""
-    cosine = pool.similarity(game.vectors(visited).flatten(0, 1)).unflatten(0, visited.shape)
-    similarity = cosine
-    if rules.temperature is not None:
-        similarity = torch.log_softmax(cosine / rules.temperature, dim=-1)
-    if rules.top_candidates is None or rules.top_candidates >= pool.size:
-        every = torch.arange(pool.size, device=visited.device).expand(*visited.shape, -1)
-        return cosine, similarity, None if isinstance(game, LinearGame) else every
-    ranked = cosine if excluded is None else cosine.masked_fill(excluded[:, None], -math.inf)
-    return cosine, similarity, _most_similar(ranked, rules.top_candidates)
-
-
 def _most_similar(cosine: Tensor, count: int) -> Tensor:
     """Indices [...,K] of the highest values, ties to the lowest index."""
     top = cosine.topk(count, dim=-1)
@@ -375,6 +434,10 @@ def _most_similar(cosine: Tensor, count: int) -> Tensor:
 def _whole_range(count: int, target: Tensor) -> Tensor:
     """The candidate range [B,2] of images that may all use the same `count` candidates."""
     return torch.tensor([[0, count]], device=target.device).expand(len(target), 2)
+
+
+def _limit(game: Game, rules: Rules) -> int:
+    return game.cells if rules.max_edits is None else min(rules.max_edits, game.cells)
 
 
 def _won(trace: Trace, target: Tensor) -> bool:

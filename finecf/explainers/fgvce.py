@@ -28,9 +28,9 @@ from finecf.models import CandidateBank, Classifier, HeadFold
 _EVERY: Final = {"top_cells": None, "top_candidates": None, "weight_sim": 1.0, "weight_cls": 1.0, "temperature": None}
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
-    "fgvce": _EVERY | {"top_cells": 20},
+    "fgvce": _EVERY | {"top_cells": 20, "weight_sim": "balanced"},
     "paper": _EVERY | {"top_cells": 20, "top_candidates": 50},
-    "exhaustive": _EVERY,
+    "exhaustive": _EVERY | {"weight_sim": "balanced"},
     "goyal": _EVERY | {"weight_sim": 0.0},
     "vandenhende": _EVERY | {"weight_sim": 0.4, "temperature": 0.1},
 }
@@ -61,7 +61,8 @@ class FGVCE:
         contribution_class: "predicted" or "true": whose contributions decide which cells may be replaced.
         value: what a coalition of cells is worth: "prob", "log_prob", "log_odds" or "logit" of that class.
         sigma: width of the Gaussian coalitions, in cells.
-        weight_sim, weight_cls: weights of 1 - cosine and of -log p(target); None: the preset's.
+        weight_sim, weight_cls: weights of 1 - cosine and of -log p(target); None: the preset's. "balanced" finds
+            weight_sim for each image, so that both losses have comparable spans (docs/fgvce.md, "Weights").
         top_cells: the K_p cells of highest contribution that an edit chooses among; "all", or None for the preset's.
         top_candidates: the K_c most similar candidates per cell; "all", or None for the preset's.
         max_edits: most edits; None: as many as there are cells.
@@ -89,7 +90,7 @@ class FGVCE:
         contribution_class: str = "predicted",
         value: str = "prob",
         sigma: float = 0.8,
-        weight_sim: float | None = None,
+        weight_sim: float | str | None = None,
         weight_cls: float | None = None,
         top_cells: int | str | None = None,
         top_candidates: int | str | None = None,
@@ -118,8 +119,8 @@ class FGVCE:
             top_candidates=_count("top_candidates", top_candidates, chosen["top_candidates"]),
             max_edits=_count("max_edits", max_edits, None),
             reuse_candidates=reuse_candidates,
-            weight_sim=_weight("weight_sim", weight_sim, chosen["weight_sim"]),
-            weight_cls=_weight("weight_cls", weight_cls, chosen["weight_cls"]),
+            weight_sim=_weight_sim(chosen["weight_sim"] if weight_sim is None else weight_sim),
+            weight_cls=_weight("weight_cls", chosen["weight_cls"] if weight_cls is None else weight_cls),
             temperature=chosen["temperature"],
             refresh=_count("refresh_contributions", refresh_contributions, None),
         )
@@ -358,6 +359,7 @@ class FGVCE:
             grid=game.grid,
             edits=edits,
             flipped=flipped,
+            weights=(trace.weight_sim, self.rules.weight_cls),
             logits_path=trace.logits,
             minimal_edits=[edits[k] for k in kept],
             minimal_probability=kept_probability,
@@ -551,8 +553,14 @@ def _count(name: str, value: int | str | None, default: int | None) -> int | Non
     return value
 
 
-def _weight(name: str, value: float | None, default: float) -> float:
-    chosen = default if value is None else float(value)
-    if not (math.isfinite(chosen) and chosen >= 0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {chosen}")
-    return chosen
+def _weight(name: str, value: float) -> float:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _weight_sim(value: float | str) -> float | None:
+    if isinstance(value, str):
+        _one_of("weight_sim", value, ("balanced",))
+        return None
+    return _weight("weight_sim", value)

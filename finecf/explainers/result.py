@@ -231,6 +231,7 @@ class FGVCEExplanation(Explanation):
         grid: (rows, columns) of the feature map.
         edits: the replacements in the order in which they were made.
         flipped: whether the edited feature map is classified as the target.
+        weights: of the similarity loss and of the class loss in the edits' losses.
         logits_path: [T+1,C] logits before the first edit and after each.
         minimal_edits: what backward elimination left of `edits` (equal to them where it was not asked for).
         minimal_probability: softmax probability of the target with `minimal_edits` alone.
@@ -242,6 +243,7 @@ class FGVCEExplanation(Explanation):
     grid: tuple[int, int]
     edits: list[Edit]
     flipped: bool
+    weights: tuple[float, float]
     logits_path: Tensor
     minimal_edits: list[Edit]
     minimal_probability: float
@@ -300,6 +302,7 @@ class FGVCEExplanation(Explanation):
             "grid": list(self.grid),
             "edits": [{name: getattr(edit, name) for name in plain} for edit in self.edits],
             "flipped": self.flipped,
+            "weights": list(self.weights),
             "minimal": [self.edits.index(edit) for edit in self.minimal_edits],
             "minimal_probability": self.minimal_probability,
             "tied_edits": self.tied_edits,
@@ -323,6 +326,7 @@ class FGVCEExplanation(Explanation):
         tied = arguments.pop("tied_edits")
         arguments |= {
             "grid": tuple(fields["grid"]),
+            "weights": tuple(fields["weights"]),
             "edits": edits,
             "minimal_edits": [edits[index] for index in arguments.pop("minimal")],
             "logits_path": tensors["logits_path"],
