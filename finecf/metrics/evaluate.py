@@ -24,6 +24,10 @@ from finecf.models import CandidateBank, Classifier
 
 PRESETS = ("fgvce", "exhaustive", "goyal", "vandenhende", "paper")
 INSIDE, ACROSS = "inside a family", "across families"
+EDIT_SCORES = ("flipped", "edits", "edits on parts", "taken from parts", "Near-KP", "Same-KP", "cosine")
+MAP_SCORES = ("energy", "max hit", "AUPRC", "compactness")
+FEWEST_PAIRS = 20
+"""A group with fewer images gets no bootstrap intervals: they would say little."""
 
 Scores = dict[str, list[float]]
 """Name of a score to one value an image, in the order of the graded mistakes."""
@@ -63,7 +67,12 @@ class BirdsEvaluation:
 
     def tables(self) -> list[Table]:
         """For each group with graded mistakes: the mean scores, and the paired differences of "fgvce" from the rest."""
-        return [table for group in self.scores for table in (self._means(group), self._differences(group))]
+        tables = []
+        for group in self.scores:
+            tables.append(self._means(group))
+            if self.counts[f"graded {group}"] >= FEWEST_PAIRS:
+                tables.append(self._differences(group))
+        return tables
 
     def markdown(self) -> str:
         """Settings, counts and all tables as Markdown."""
@@ -75,16 +84,16 @@ class BirdsEvaluation:
         return {"settings": self.settings, "counts": self.counts, "tables": [t.to_dict() for t in self.tables()]}
 
     def _means(self, group: str) -> Table:
-        columns = ["flipped", "edits", "edits on parts", "Near-KP", "Same-KP", "cosine", "energy", "max hit", "AUPRC"]
-        table = Table(f"SyntheticBirds, mistakes {group}", [*columns, "compactness"])
+        table = Table(f"SyntheticBirds, mistakes {group}", [*EDIT_SCORES, *MAP_SCORES])
         for method, scores in self.scores[group].items():
             table.rows[method] = {score: fmean(values) for score, values in scores.items()}
         table.notes = [
             f"{self.counts[f'graded {group}']} mistakes graded; {self.counts[f'hidden {group}']} left out because no "
             f"differing part shows {VISIBLE_PIXELS} pixels. Means over images. A search that does not flip counts as "
             f"{self.settings['max_edits']} edits. Edits and maps are graded against the visible differing parts grown "
-            "by half a cell; a preset's map is its dominant map. The last row is the share of the cells (for edits) "
-            "and of the pixels (for maps) that these grown parts take: what chance scores.",
+            'by half a cell; "taken from parts": the replacement lay on the same parts of its own image. A preset is '
+            "graded by its dominant map. The last row is the share of the cells (for edits) and of the pixels (for "
+            "maps) that these grown parts take: what chance scores.",
         ]
         return table
 
@@ -263,13 +272,14 @@ def _edit_scores(
 ) -> Scores:
     scores: Scores = {}
     for result, mistake, mask in zip(results, kept, grown, strict=True):
-        near_same = swaps.scores(result, mistake.item)
+        keypoints, source = swaps.scores(result, mistake)
         one = {
             "flipped": float(result.flipped),
             "edits": float(len(result.edits) if result.flipped else max_edits),
             "edits on parts": share_on_mask([edit.cell for edit in result.edits], mask, result.grid),
-            "Near-KP": near_same.near,
-            "Same-KP": near_same.same,
+            "taken from parts": source,
+            "Near-KP": keypoints.near,
+            "Same-KP": keypoints.same,
             "cosine": fmean(edit.similarity for edit in result.edits) if result.edits else 0.0,
         }
         for name, value in one.items():
@@ -278,19 +288,23 @@ def _edit_scores(
 
 
 class _SwapParts:
-    """Near-KP and Same-KP of an explanation; reference birds are drawn again, once each."""
+    """What the swaps of an explanation hold on both sides; reference birds are drawn again, once each."""
 
     def __init__(self, references: SyntheticBirds) -> None:
         self.references = references
         self._drawn: dict[str, BirdItem] = {}
 
-    def scores(self, result: FGVCEExplanation, item: BirdItem) -> SwapScores:
-        mine, theirs = [], []
+    def scores(self, result: FGVCEExplanation, mistake: Mistake) -> tuple[SwapScores, float]:
+        """Near-KP and Same-KP, and the share of the replacements taken from the parts that differ."""
+        differing = self.references.differing_parts(mistake.predicted, mistake.target)
+        mine, theirs, hits = [], [], []
         for edit in result.edits:
             other = self._reference(edit.reference_source)
-            mine.append(_parts(edit.cell, result.grid, item))
+            mine.append(_parts(edit.cell, result.grid, mistake.item))
             theirs.append(_parts(edit.reference_cell, edit.reference_grid, other))
-        return keypoint_scores(mine, theirs)
+            mask = dilate_masks(torch.from_numpy(other.mask(differing)), edit.reference_grid)
+            hits.append(share_on_mask([edit.reference_cell], mask, edit.reference_grid))
+        return keypoint_scores(mine, theirs), fmean(hits) if hits else 0.0
 
     def _reference(self, source: str) -> BirdItem:
         if source not in self._drawn:
