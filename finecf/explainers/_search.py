@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -177,7 +177,7 @@ def _edit_by_edit(
             scores = rescore(game)
         open_ = logits[-1].argmax(1) != target
         allowed = _best_cells(scores.gather(1, visited), free, rules.top_cells) & open_[:, None]
-        found = _best(game, choice, allowed, used, rules.weight_cls)
+        found = _best(game, choice, allowed, used, 1.0, rules.weight_cls)
         images = (found.cell >= 0).nonzero()[:, 0]
         if not len(images):
             break
@@ -207,8 +207,9 @@ def _edit_by_edit(
 class _Choice:
     """What the edits of a search choose from: the pairs of a cell of `visited` [B,n] and a candidate of the pool.
 
-    cosine [B,n,N]; similarity [B,n,N], scaled so that 1 - similarity is the weighted similarity loss; shortlist [B,n,K]
-    of most similar candidates (None: all N); barred bool [B,N]; weight_sim [B], the weight that went into similarity.
+    cosine [B,n,N]; similarity [B,n,N], into which the weights weight_sim [B] have gone, so that the operators, which
+    take one weight for all images, are given 1; shortlist [B,n,K] of the most similar candidates (None: all N); barred
+    bool [B,N].
     """
 
     pool: Pool
@@ -273,11 +274,9 @@ def _balance(game: Game, choice: _Choice, scores: Tensor, rules: Rules) -> Tenso
     first = _best_cells(
         scores.gather(1, choice.visited), torch.ones_like(choice.visited, dtype=torch.bool), rules.top_cells
     )
-    alone = replace(choice, similarity=torch.ones_like(choice.similarity))
-    best = _least(game, alone, first, choice.barred, 1.0).loss
+    best = _least(game, choice, first, choice.barred, 0.0, 1.0).loss
     now = -game.logits.log_softmax(1).gather(1, choice.target[:, None])[:, 0]
-    low = choice.similarity.masked_fill(~first[..., None], math.inf).flatten(1).amin(1)
-    high = choice.similarity.masked_fill(~first[..., None], -math.inf).flatten(1).amax(1)
+    low, high = choice.similarity[first].view(len(first), -1).aminmax(dim=1)
     span = (high - low).clamp_min(torch.finfo(low.dtype).eps)
     gain = torch.where(best.isfinite(), now - best, 0).clamp_min(0)
     return rules.weight_cls * BALANCE * gain / span
@@ -299,9 +298,9 @@ class _Found:
         return _Found(none, none.clone(), like.new_full((len(like),), math.inf), like.new_full((len(like),), math.inf))
 
 
-def _best(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+def _best(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_sim: float, weight_cls: float) -> _Found:
     """The pair of least loss among the allowed cells [B,n] and the candidates that are not used [B,N], and the gap."""
-    best = _least(game, choice, allowed, used, weight_cls)
+    best = _least(game, choice, allowed, used, weight_sim, weight_cls)
     if not isinstance(game, LinearGame):
         return best
     images = (best.cell >= 0).nonzero()[:, 0]
@@ -309,20 +308,22 @@ def _best(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls
     elsewhere, others = allowed.clone(), used.clone()
     elsewhere[images, best.cell[images]] = False
     others[images, best.candidate[images]] = True
-    left = _least_linear(game, choice, elsewhere, used, weight_cls)
-    right = _least_linear(game, choice, allowed, others, weight_cls)
+    left = _least_linear(game, choice, elsewhere, used, weight_sim, weight_cls)
+    right = _least_linear(game, choice, allowed, others, weight_sim, weight_cls)
     best.gap[images] = (torch.minimum(left.loss, right.loss) - best.loss)[images]
     return best
 
 
-def _least(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+def _least(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_sim: float, weight_cls: float) -> _Found:
     """As `_best`; the gap is found only where it costs nothing."""
     if isinstance(game, LinearGame):
-        return _least_linear(game, choice, allowed, used, weight_cls)
-    return _least_scored(game, choice, allowed, used, weight_cls)
+        return _least_linear(game, choice, allowed, used, weight_sim, weight_cls)
+    return _least_scored(game, choice, allowed, used, weight_sim, weight_cls)
 
 
-def _least_linear(game: LinearGame, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+def _least_linear(
+    game: LinearGame, choice: _Choice, allowed: Tensor, used: Tensor, weight_sim: float, weight_cls: float
+) -> _Found:
     """Through the operator, in slices of the pool that the memory budget allows."""
     cell_logits, pool = choice.cell_logits(game), choice.pool
     step = max(1024, game.head.budget // (32 * (game.logits.shape[1] + 2 * allowed.shape[1])))
@@ -339,7 +340,7 @@ def _least_linear(game: LinearGame, choice: _Choice, allowed: Tensor, used: Tens
             _whole_range(own.stop - first, choice.target),
             None if choice.shortlist is None else choice.shortlist - first,
             used[:, own],
-            1.0,
+            weight_sim,
             weight_cls,
         )
         # Of equal pairs the lowest cell wins, then the lowest candidate, which the earlier slice holds.
@@ -353,7 +354,9 @@ def _least_linear(game: LinearGame, choice: _Choice, allowed: Tensor, used: Tens
     return best
 
 
-def _least_scored(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_cls: float) -> _Found:
+def _least_scored(
+    game: Game, choice: _Choice, allowed: Tensor, used: Tensor, weight_sim: float, weight_cls: float
+) -> _Found:
     """Through the head itself, which scores every cell with every candidate of its shortlist."""
     best = _Found.nothing(game.logits)
     for i in allowed.any(1).nonzero()[:, 0].tolist():
@@ -361,7 +364,7 @@ def _least_scored(game: Game, choice: _Choice, allowed: Tensor, used: Tensor, we
         rows = choice.rows(i, at)
         logits = game.swap_logits(i, choice.visited[i, at], choice.pool, rows)
         wanted = torch.log_softmax(logits, dim=-1)[..., int(choice.target[i])]
-        loss = (1 - choice.similarity[i, at[:, None], rows]) - weight_cls * wanted
+        loss = weight_sim * (1 - choice.similarity[i, at[:, None], rows]) - weight_cls * wanted
         loss = loss.masked_fill(used[i, rows], math.inf)
         least = loss.amin()
         if bool(least.isfinite()):

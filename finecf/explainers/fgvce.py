@@ -174,7 +174,7 @@ class FGVCE:
             raise ValueError(f"features must be [{len(x)},D,H,W] for these images, got {list(features.shape)}")
         names: list[str | None] = [None] * len(x) if sources is None else list(sources)
         done: list[FGVCEExplanation] = []
-        with torch.no_grad(), _bar(self.progress, len(x)) as advance:
+        with _plain(self.classifier.device), _bar(self.progress, len(x)) as advance:
             for start in range(0, len(x), MICRO_BATCH):
                 own = slice(start, start + MICRO_BATCH)
                 given = None if features is None else features[own]
@@ -197,7 +197,7 @@ class FGVCE:
 
     def _contribute(self, images: Tensor, target: int | str | None, method: str | None) -> tuple[Game, Contributions]:
         x = self.classifier.prepare(images)
-        with torch.no_grad():
+        with _plain(self.classifier.device):
             game = self._game(*self._look(x))
             if target is None:
                 classes = game.logits.argmax(1)
@@ -518,6 +518,13 @@ def _versions() -> dict[str, str]:
         "cpu_isa": str(info["cpu"].get("isa")),
         "micro_batch": str(MICRO_BATCH),
     }
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """No gradients, and full precision whatever autocast says."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,139 @@
+"""The result: what it says, and that it comes back from its file as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from explainers.nets import images, other_classes, setting
+from safetensors.torch import save_file
+
+import finecf
+from finecf.explainers.result import Maps, cell_box
+
+
+@pytest.fixture(params=["linear", "generic"])
+def results(request: pytest.FixtureRequest) -> list[finecf.FGVCEExplanation]:
+    classifier, bank = setting(request.param)
+    x = images(3)
+    explainer = finecf.FGVCE(classifier, bank, minimal=True)
+    return explainer.explain(x, other_classes(classifier, bank, x, far=True), sources=["a/one.png", "two", "three"])
+
+
+def test_a_saved_explanation_comes_back(results: list[finecf.FGVCEExplanation], tmp_path: Path) -> None:
+    for result in results:
+        path = result.save(tmp_path / "explanation.safetensors")
+        back = finecf.load(path)
+        assert isinstance(back, finecf.FGVCEExplanation)
+        assert back.summary() == result.summary()
+        assert back.edits == result.edits
+        assert back.minimal_edits == result.minimal_edits
+        assert back.parts == result.parts
+        assert back.probabilities_before == result.probabilities_before
+        assert set(back.maps) == set(result.maps)
+        for name in result.maps:
+            assert torch.equal(back.maps[name], result.maps[name])
+        assert torch.equal(back.logits_path, result.logits_path)
+        assert torch.equal(back.image, result.image)
+        for name in ("weights", "grid", "flipped", "notes", "versions", "evaluations", "seed", "tied_edits", "source"):
+            assert getattr(back, name) == getattr(result, name), name
+        for one, other in zip(back.edits, result.edits, strict=True):
+            assert torch.equal(one.reference_image, other.reference_image)
+            assert torch.equal(one.reference_patch, other.reference_patch)
+        again = finecf.load(back.save(tmp_path / "again.safetensors"))
+        assert again.summary() == result.summary()
+
+
+def test_the_summary_says_what_happened(results: list[finecf.FGVCEExplanation]) -> None:
+    for result in results:
+        text = result.summary()
+        assert result.predicted_name in text
+        assert result.target_name in text
+        assert f"{len(result.edits)} edit" in text
+        for edit in result.edits:
+            assert edit.reference_source in text
+
+
+def test_probabilities_and_fields_fit_the_path(results: list[finecf.FGVCEExplanation]) -> None:
+    for result in results:
+        path = result.logits_path.softmax(1)
+        assert result.probabilities_before.predicted == pytest.approx(float(path[0, result.predicted]))
+        assert result.probabilities_after.target == pytest.approx(float(path[-1, result.target]))
+        for step, edit in enumerate(result.edits, 1):
+            assert edit.target_probability == pytest.approx(float(path[step, result.target]))
+        assert result.seconds > 0
+        assert result.evaluations > 0
+        assert {"finecf", "torch", "backend", "micro_batch"} <= set(result.versions)
+
+
+def test_patches_are_the_cells_of_their_images(results: list[finecf.FGVCEExplanation]) -> None:
+    edit = results[0].edits[0]
+    left, top, right, bottom = cell_box(edit.reference_cell, edit.reference_grid, edit.reference_image.shape[:2])
+    assert torch.equal(edit.reference_patch, edit.reference_image[top:bottom, left:right])
+    assert edit.reference_patch.shape == (8, 8, 3)
+    assert results[0].cell_box((1, 2)) == (16, 8, 24, 16)
+
+
+def test_cells_cover_an_image_that_they_do_not_divide() -> None:
+    covered = torch.zeros(50, 31)
+    for row in range(7):
+        for column in range(4):
+            left, top, right, bottom = cell_box((row, column), (7, 4), (50, 31))
+            covered[top:bottom, left:right] += 1
+    assert bool((covered == 1).all())
+
+
+def test_maps_are_computed_once_and_an_unknown_name_lists_them() -> None:
+    calls = []
+
+    def late() -> torch.Tensor:
+        calls.append(1)
+        return torch.ones(2)
+
+    maps = Maps({"now": torch.zeros(2), "late": late})
+    assert list(maps) == ["now", "late"]
+    assert not calls
+    assert torch.equal(maps["late"], maps["late"])
+    assert len(calls) == 1
+    with pytest.raises(KeyError, match="now, late"):
+        maps["never"]
+
+
+def test_files_that_hold_no_explanation_are_refused(tmp_path: Path) -> None:
+    classifier, bank = setting()
+    x = images(1)
+    (result,) = finecf.FGVCE(classifier, bank).explain(x, other_classes(classifier, bank, x))
+    path = result.save(tmp_path / "whole.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="truncated"):
+        finecf.load(cut)
+    with pytest.raises(FileNotFoundError, match="no explanation at"):
+        finecf.load(tmp_path / "nothing")
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match="holds no explanation"):
+        finecf.load(other)
+    with pytest.raises(FileNotFoundError, match="create it first"):
+        result.save(tmp_path / "missing" / "x.safetensors")
+
+
+def test_a_figure_is_drawn_without_touching_matplotlib_s_state(tmp_path: Path) -> None:
+    import matplotlib
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
+
+    classifier, bank = setting()
+    x = images(2)
+    normalised = x * 2 - 1
+    targets = other_classes(classifier, bank, normalised, far=True)
+    before = dict(matplotlib.rcParams), matplotlib.get_backend()
+    for weight, result in enumerate(finecf.FGVCE(classifier, bank, preset="vandenhende").explain(normalised, targets)):
+        figure = result.plot(tmp_path / f"{weight}.png")
+        assert (tmp_path / f"{weight}.png").stat().st_size > 10_000
+        words = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert result.predicted_name in words
+        assert result.target_name in words
+    assert (dict(matplotlib.rcParams), matplotlib.get_backend()) == before
+    assert not plt.get_fignums()

@@ -1,0 +1,224 @@
+"""The command line on tiny data: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import finecf
+from finecf.cli import app
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
+FILE_MODEL = """
+import torch
+from torch import nn
+
+class ColourNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.AvgPool2d(8)
+        self.fc = nn.Linear(3, 3)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.tensor([[-6., -6., 12.], [-6., 12., -6.], [12., -6., -6.]]))
+            self.fc.bias.zero_()
+
+    def forward(self, x):
+        return self.fc(self.cells(x).mean((2, 3)))
+
+def build():
+    return ColourNet()
+
+def not_a_model():
+    return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of three colours; a few bear the wrong colour over more than half of them."""
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    for label, name in enumerate(names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(6):
+            picture = np.empty((32, 32, 3))
+            picture[:] = COLOURS[name]
+            if i == 5:
+                picture[:, :20] = COLOURS[names[(label + 1) % 3]]
+            noisy = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "model.py").write_text(FILE_MODEL)
+    return tmp_path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def explain(folder: Path, *more: object, model: str = "build") -> tuple[int, str]:
+    data = ("--data", folder / "data", "--size", 32, "--out", folder / "out")
+    return run("explain", "--model", f"{folder / 'model.py'}:{model}", *data, *more)
+
+
+def test_all_mistakes_are_explained_and_reported(folder: Path) -> None:
+    code, output = explain(folder, "--all-mistakes", "--layer", "cells", "--save")
+    assert code == 0, output
+    assert "3 of 3" in output
+    assert max(map(len, output.split("Report:")[0].splitlines())) <= 80
+    out = folder / "out"
+    assert len(list(out.glob("*.png"))) == 3
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "<script" not in page
+    assert not [word for word in ('src="http', "src='http", 'href="http') if word in page]
+    with (out / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["is"], row["taken for"]) for row in rows} == {("blue", "green"), ("green", "red"), ("red", "blue")}
+    assert all(row["flip"] == "yes" for row in rows)
+    saved = [finecf.load(path) for path in sorted(out.glob("*.safetensors"))]
+    assert sorted(result.target_name for result in saved) == ["blue", "green", "red"]
+    for result in saved:
+        for edit in result.edits:
+            # The wrong colour covers the left; the repair must be made there, from images of the right class.
+            assert edit.cell[1] <= 2
+            assert Path(edit.reference_source).parent.name == result.target_name
+
+
+def test_one_image_is_explained(folder: Path) -> None:
+    image = folder / "data" / "red" / "5.png"
+    code, output = explain(folder, "--image", image, "--target", "red", "--preset", "goyal", "--no-figures")
+    assert code == 0, output
+    assert "1 of 1" in output
+    assert not list((folder / "out").glob("*.png"))
+
+
+def test_torchvision_models_take_weights(folder: Path) -> None:
+    from torchvision.models import mobilenet_v3_small, squeezenet1_1
+
+    torch.manual_seed(0)
+    weights = folder / "weights.safetensors"
+    save_file(squeezenet1_1(num_classes=3).state_dict(), weights)
+    data = ("--data", folder / "data", "--size", 64, "--out", folder / "out", "--no-figures")
+    code, output = run("explain", "--model", "torchvision:squeezenet1_1", "--weights", weights, *data, "--all-mistakes")
+    assert code in (0, 2)
+    if code == 2:
+        assert "bank" in output
+    torch.save({"state_dict": mobilenet_v3_small(num_classes=5).state_dict()}, folder / "weights.pt")
+    code, output = run(
+        "explain",
+        "--model",
+        "torchvision:mobilenet_v3_small",
+        "--weights",
+        folder / "weights.pt",
+        *data,
+        "--all-mistakes",
+    )
+    assert code == 2
+    assert "does not fit" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "smdl", "--all-mistakes"), "--method must be fgvce"),
+        ((), "give --image FILE --target NAME, or --all-mistakes"),
+        (("--image", "x.png"), "--image needs --target"),
+        (("--image", "x.png", "--target", "red"), "there is no file x.png"),
+        (("--image", "x.png", "--target", "pink"), "unknown class 'pink'"),
+        (("--all-mistakes", "--preset", "best"), "preset must be one of"),
+        (("--all-mistakes", "--normalise", "cub"), "--normalise must be"),
+        (("--all-mistakes", "--weights", "none.pt"), "there is no file none.pt"),
+        (("--all-mistakes", "--labels", "none.txt"), "there is no file none.txt"),
+        (("--all-mistakes", "--layer", "layer9"), "no submodule 'layer9'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, output = explain(folder, *arguments)
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("build2", "has no function 'build2'"),
+        ("not_a_model", "must return a torch.nn.Module, got int"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_said_in_a_sentence(folder: Path, model: str, message: str) -> None:
+    code, output = explain(folder, "--all-mistakes", model=model)
+    assert code == 2
+    assert message in output
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("nowhere.py:build", "there is no file nowhere.py"), ("resnet50", "must be torchvision:NAME or FILE.py:FUNCTION")],
+)
+def test_an_unknown_model_is_said_in_a_sentence(folder: Path, model: str, message: str) -> None:
+    code, output = run("explain", "--model", model, "--data", folder / "data", "--all-mistakes")
+    assert code == 2
+    assert message in output
+    code, output = run("explain", "--model", "torchvision:resnet18", "--data", folder / "data", "--all-mistakes")
+    assert code == 2
+    assert "needs --weights" in output
+    code, output = run("explain", "--model", "torchvision:resnet18", "--data", folder / "no", "--all-mistakes")
+    assert code == 2
+    assert "image folder" in output
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    weights = folder / "weights.safetensors"
+    save_file({"fc.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}, weights)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    code, output = explain(folder, "--all-mistakes", "--weights", weights)
+    assert code == 2
+    assert "truncated" in output
+    code, output = explain(folder, "--all-mistakes", "--weights", folder / "model.py")
+    assert code == 2
+    assert "truncated or holds more than tensors" in output
+
+
+def test_the_digits_demo_runs(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
+    code, output = run("demo", "--dataset", "digits", "-n", 1, "--out", tmp_path / "demo")
+    assert code == 0, output
+    assert "test digits wrong" in output
+    assert (tmp_path / "demo" / "report.html").is_file()
+    assert len(list((tmp_path / "demo").glob("*.png"))) == 1
+
+
+def test_an_unknown_demo_is_refused(tmp_path: Path) -> None:
+    code, output = run("demo", "--dataset", "dogs", "--out", tmp_path)
+    assert code == 2
+    assert "--dataset must be one of birds, digits" in output
+    code, output = run("train", "dogs")
+    assert code == 2
+    assert "train takes birds or digits" in output
+
+
+def test_the_doctor_says_what_is_loaded() -> None:
+    code, output = run("doctor")
+    assert code == 0
+    for word in ("torch", "backend", "cpu loaded", "cuda loaded", "replace_until_flip"):
+        assert word in output
+
+
+def test_help_names_every_command() -> None:
+    code, output = run("--help")
+    assert code == 0
+    for command in ("demo", "explain", "evaluate", "train", "bench", "doctor"):
+        assert command in output
+    assert textwrap.dedent(FILE_MODEL)
