@@ -260,7 +260,7 @@ FINECF_DEVICE LogSum fold(const float (&running)[kPerLane], LogSum) {
 // lanes 0, 4, ... 28 write them side by side. Blocks stay on one image; with kStaged they first copy its game to shared
 // memory (needs one class tile).
 template <int kPerLane, bool kShifted, bool kStaged>
-__global__ void __launch_bounds__(kWalkWarps* kWarp, 1)
+__global__ void __launch_bounds__(kWalkWarps* kWarp, 2)
     walk_permutations(const float* __restrict__ excess,          // [B, P + 1, C]
                       const int32_t* __restrict__ permutations,  // [M, P]
                       int64_t walks, int directions, int cells, int classes, int class_tiles, int blocks_per_image,

@@ -31,8 +31,10 @@ def _compiler() -> str:
     pytest.skip("the emulation tests compile CUDA kernels for the host, and there is no C++ compiler (c++, g++ or CXX)")
 
 
-def _sources(tree: Path) -> list[Path]:
-    return sorted(path for path in tree.rglob("*") if path.suffix in (".cuh", ".h", ".cpp"))
+def _headers(tree: Path) -> list[Path]:
+    """What an emulated kernel may include; common/ is torch's side."""
+    found = [path for path in tree.rglob("*") if path.suffix in (".cuh", ".h")]
+    return sorted(path for path in found if path.parent.name != "common")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +45,7 @@ def build() -> Build:
         compiler = _compiler()
         arguments = [*FLAGS, *flags]
         content = hashlib.sha256("\0".join([compiler, sys.version, *arguments]).encode())
-        for path in [source, *_sources(csrc)]:
+        for path in [source, *_headers(csrc)]:
             content.update(path.read_bytes())
         target = CACHE / content.hexdigest()[:16] / name
         if not target.exists():
@@ -61,10 +63,11 @@ def build() -> Build:
 
 @pytest.fixture(scope="session")
 def emulated(build: Build) -> ModuleType:
-    """The installed `_finecf_emulated` if it is newer than every source, else one built for this run."""
+    """The installed `_finecf_emulated` if it is newer than its sources, else one built for this run."""
     name = "_finecf_emulated"
     installed = importlib.util.find_spec(name)
-    newest = max(path.stat().st_mtime for path in _sources(CSRC))
+    source = CSRC / "emulation" / "module.cpp"
+    newest = max(path.stat().st_mtime for path in [source, *_headers(CSRC)])
     if installed and installed.origin and Path(installed.origin).stat().st_mtime > newest:
         location = Path(installed.origin)
     else:
@@ -72,7 +75,7 @@ def emulated(build: Build) -> ModuleType:
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
         shared = ("-O1", "-fPIC", "-shared", "-fvisibility=hidden")
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        location = build(CSRC / "emulation" / "module.cpp", name + suffix, *shared, *includes)
+        location = build(source, name + suffix, *shared, *includes)
     spec = importlib.util.spec_from_file_location(name, location)
     assert spec is not None
     assert spec.loader is not None
