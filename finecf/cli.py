@@ -121,6 +121,10 @@ def explain(
         raise ValueError("give --image FILE --target NAME, or --all-mistakes")
     if image is not None and target is None:
         raise ValueError("--image needs --target NAME, the class that the image should have been")
+    if image is not None and not image.is_file():
+        raise FileNotFoundError(f"--image: there is no file {image}")
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     images, classifier = _user_classifier(model, weights, data, labels, layer, size, normalise, device)
     names = _index_of_folders(images, classifier)
     wanted = None if target is None else [classifier.class_index(target)]
@@ -131,8 +135,6 @@ def explain(
     explainer = FGVCE(classifier, bank, preset, max_edits=max_edits, minimal=minimal)
     run = Run(f"{preset} on {data}", _about(preset), explainer, figures=figures, save=save)
     if image is not None:
-        if not image.is_file():
-            raise FileNotFoundError(f"--image: there is no file {image}")
         run.explain(LabelledImages([image], [0], [str(target)], size).images(), [str(target)], [str(image)])
     else:
         kept = set(bank.sources)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,11 @@ from torch import nn
 class ColourNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.cells = nn.AvgPool2d(8)
+        self.cells = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(3, 3, 1))
         self.fc = nn.Linear(3, 3)
         with torch.no_grad():
+            self.cells[1].weight.copy_(torch.eye(3)[..., None, None])
+            self.cells[1].bias.zero_()
             self.fc.weight.copy_(torch.tensor([[-6., -6., 12.], [-6., 12., -6.], [12., -6., -6.]]))
             self.fc.bias.zero_()
 
@@ -111,9 +112,7 @@ def test_torchvision_models_take_weights(folder: Path) -> None:
     save_file(squeezenet1_1(num_classes=3).state_dict(), weights)
     data = ("--data", folder / "data", "--size", 64, "--out", folder / "out", "--no-figures")
     code, output = run("explain", "--model", "torchvision:squeezenet1_1", "--weights", weights, *data, "--all-mistakes")
-    assert code in (0, 2)
-    if code == 2:
-        assert "bank" in output
+    assert code == 0 or "bank" in output  # random weights may get every image wrong
     torch.save({"state_dict": mobilenet_v3_small(num_classes=5).state_dict()}, folder / "weights.pt")
     code, output = run(
         "explain",
@@ -135,8 +134,8 @@ def test_torchvision_models_take_weights(folder: Path) -> None:
         ((), "give --image FILE --target NAME, or --all-mistakes"),
         (("--image", "x.png"), "--image needs --target"),
         (("--image", "x.png", "--target", "red"), "there is no file x.png"),
-        (("--image", "x.png", "--target", "pink"), "unknown class 'pink'"),
-        (("--all-mistakes", "--preset", "best"), "preset must be one of"),
+        (("--image", __file__, "--target", "pink"), "unknown class 'pink'"),
+        (("--all-mistakes", "--preset", "best"), "--preset must be one of"),
         (("--all-mistakes", "--normalise", "cub"), "--normalise must be"),
         (("--all-mistakes", "--weights", "none.pt"), "there is no file none.pt"),
         (("--all-mistakes", "--labels", "none.txt"), "there is no file none.txt"),
@@ -221,4 +220,3 @@ def test_help_names_every_command() -> None:
     assert code == 0
     for command in ("demo", "explain", "evaluate", "train", "bench", "doctor"):
         assert command in output
-    assert textwrap.dedent(FILE_MODEL)
