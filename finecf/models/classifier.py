@@ -117,6 +117,9 @@ class Classifier:
         self._folder: HeadFolder | None = None
         self._num_classes = self._guess_num_classes()
 
+    def __repr__(self) -> str:
+        return f"Classifier({type(self.model).__name__}, layer={self.layer_name!r}, {self.num_classes} classes)"
+
     # What the model is
 
     @property

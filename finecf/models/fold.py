@@ -47,11 +47,11 @@ class HeadFold:
     """
 
     kind: str
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor = field(repr=False)
+    bias: Tensor = field(repr=False)
     max_error: float
     cells: int
-    pooling: Tensor | None = None
+    pooling: Tensor | None = field(default=None, repr=False)
     _tail: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def cell_logits(self, features: Tensor) -> Tensor:
