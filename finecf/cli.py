@@ -131,7 +131,7 @@ def explain(
     chosen = [i for i in range(len(images)) if wanted is None or names[images.labels[i]] in wanted]
     if not chosen:
         raise ValueError(f"{data} holds no images of class {target!r} to take replacements from")
-    bank = CandidateBank.from_loader(classifier, _batches(images, chosen, names), progress=True)
+    bank = CandidateBank.from_loader(classifier, _batches(images, chosen, names), progress=None)
     explainer = FGVCE(classifier, bank, preset, max_edits=max_edits, minimal=minimal)
     run = Run(f"{preset} on {data}", _about(preset), explainer, figures=figures, save=save)
     if image is not None:
@@ -160,7 +160,7 @@ def evaluate(
     net, _ = load_birds_net(checkpoint)
     drawn = SyntheticBirds("val", n=references)
     classifier = wrap(net, class_names=drawn.class_names)
-    bank = CandidateBank.from_loader(classifier, DataLoader(drawn.tensors(), batch_size=64), progress=True)
+    bank = CandidateBank.from_loader(classifier, DataLoader(drawn.tensors(), batch_size=64))
     result = evaluate_birds(
         classifier,
         bank,
