@@ -18,6 +18,7 @@
 
 #include "../replacement/replacement_kernel.cuh"
 #include "../shapley/shapley_kernel.cuh"
+#include "../shapley/shapley_value.h"
 
 namespace py = pybind11;
 

@@ -7,17 +7,10 @@
 #include "../common/checks.h"
 #include "../common/isa.h"
 #include "../common/workspace.h"
+#include "shapley_value.h"
 
 namespace finecf {
 namespace {
-
-Value parse_value(const char* op, const std::string& name) {
-  if (name == "prob") return Value::kProb;
-  if (name == "log_prob") return Value::kLogProb;
-  if (name == "log_odds") return Value::kLogOdds;
-  if (name == "logit") return Value::kLogit;
-  fail(op, ": value must be \"prob\", \"log_prob\", \"log_odds\" or \"logit\", got \"", name, "\"");
-}
 
 struct Game {
   Tensor cell_logits, base_logits, target;
@@ -74,7 +67,7 @@ void masked_scores(const Game& g, const Tensor& masks, Value value, Tensor& out)
 
 Tensor masked_class_scores(Tensor cell_logits, Tensor base_logits, Tensor masks, Tensor target, std::string value) {
   const char* op = "masked_class_scores";
-  const Value kind = parse_value(op, value);
+  const Value kind = value_named(op, value);
   const Game g = check_game(op, cell_logits, base_logits, target);
   check_rank(op, "masks", masks, 2, "M, P");
   check(masks.size(1) == g.cells, op, ": masks must have shape [M, P = ", g.cells, "], got ", shape_text(masks));
@@ -152,7 +145,7 @@ void permutation_tiles(const Game& g, const Tensor& permutations, Value value, b
 std::tuple<Tensor, Tensor> permutation_shapley_tiles(Tensor cell_logits, Tensor base_logits, Tensor permutations,
                                                      Tensor target, std::string value, bool antithetic) {
   const char* op = "permutation_shapley_tiles";
-  const Value kind = parse_value(op, value);
+  const Value kind = value_named(op, value);
   const Game g = check_game(op, cell_logits, base_logits, target);
   check_rank(op, "permutations", permutations, 2, "M, P");
   check(permutations.size(1) == g.cells, op, ": permutations must have shape [M, P = ", g.cells, "], got ",

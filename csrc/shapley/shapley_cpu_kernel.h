@@ -106,7 +106,8 @@ void shapley_masked_scores(const MaskedScoresArgs<T>& a, int64_t begin, int64_t 
 // below e^-47 (float) or above e^47 times the target's, so that treating it as 0 or inf is exact to 1e-20.
 template <class T>
 constexpr double kRunDrift = sizeof(T) == 4 ? 40.0 : 300.0;
-// A range of log-terms inside which no product over the whole permutation leaves the normal numbers.
+// A range of log-terms inside which no product over the whole permutation leaves the normal numbers. It must hold each
+// cell's own factor too: a base far on the other side of 0 can keep every term in range while one factor leaves it.
 template <class T>
 constexpr double kSafeRange = sizeof(T) == 4 ? 85.0 : 700.0;
 // Accumulators of a run: one per step, held in registers.
@@ -138,6 +139,7 @@ int shapley_prepare_walk(const T* relative, int64_t cells, int64_t width, int64_
     for (int i = 0; i < w && c + i < classes; ++i) safe &= up[i] < T(kSafeRange<T>) && down[i] > T(-kSafeRange<T>);
   }
   const T most = hmax<T>(largest);
+  safe &= most < T(kSafeRange<T>);
   int steps = kRunSteps;
   if (!safe && double(most) * kRunSteps > kRunDrift<T>) steps = int(kRunDrift<T> / double(most));
   if (!safe && steps < 2) return 0;

@@ -9,6 +9,7 @@
 
 #include "../common/cuda_launch.h"
 #include "shapley_kernel.cuh"
+#include "shapley_value.h"
 
 namespace finecf {
 namespace {

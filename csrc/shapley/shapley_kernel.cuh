@@ -9,8 +9,6 @@
 //                         fast: a warp per walk, running logits in registers, eight sums reduced together.
 #pragma once
 
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "../simt/platform.cuh"
@@ -390,14 +388,6 @@ __global__ void __launch_bounds__(128) logit_marginals(const T* __restrict__ cel
 // ---------------------------------------------------------------------------------------------------------------------
 // `Launcher` is CudaLauncher (common/cuda_launch.h) or simt::HostLauncher. Sizes are positive: empty input returns
 // earlier.
-
-inline Value value_named(const char* op, const std::string& name) {
-  const char* const names[] = {"prob", "log_prob", "log_odds", "logit"};  // in the order of Value
-  for (int i = 0; i < 4; ++i)
-    if (name == names[i]) return static_cast<Value>(i);
-  throw std::runtime_error(std::string(op) +
-                           ": value must be \"prob\", \"log_prob\", \"log_odds\" or \"logit\", got \"" + name + "\"");
-}
 
 template <typename T, typename Launcher>
 void run_masked_class_scores(Launcher& launcher, Version version, const T* cell_logits, const float* base_logits,
