@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,22 +45,23 @@ def minmax(maps: Tensor) -> Tensor:
     return torch.where(flat, 0, (maps - low) / torch.where(flat, 1, spread))
 
 
+@lru_cache(maxsize=16)
 def gaussian_coalitions(grid: tuple[int, int], sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Masks [P,P]: mask p leaves out a Gaussian of `sigma` cells around cell p and keeps 1 - G elsewhere."""
+    """Masks [1+P,P]: the whole map, then for each cell what 1 - G leaves, G a Gaussian of `sigma` cells around it."""
     rows, columns = torch.meshgrid(
         torch.arange(grid[0], device=device, dtype=dtype),
         torch.arange(grid[1], device=device, dtype=dtype),
         indexing="ij",
     )
     at = torch.stack([rows.flatten(), columns.flatten()], dim=1)
-    return 1 - torch.exp(-torch.cdist(at, at).square() / (2 * sigma**2))
+    left = 1 - torch.exp(-torch.cdist(at, at).square() / (2 * sigma**2))
+    return torch.cat([torch.ones_like(left[:1]), left])
 
 
 def gaussian(game: Game, classes: Tensor, value: str, sigma: float) -> Contributions:
     """What the class loses when a soft Gaussian around each cell is taken out: phi_raw = v(F) - v(F (1 - G))."""
     masks = gaussian_coalitions(game.grid, sigma, game.logits.device, game.logits.dtype)
-    whole = torch.ones_like(masks[:1])
-    scores = game.masked_scores(torch.cat([whole, masks]), classes, value)
+    scores = game.masked_scores(masks, classes, value)
     return Contributions(scores[:, :1] - scores[:, 1:], None, game.cells + 1, 0)
 
 

@@ -58,6 +58,10 @@ class Pool:
         held = 2 * self.logits.nbytes + self.inverse_norm.nbytes
         return held + (self._rows.nbytes if self._rows is not None else 0)
 
+    def light(self, budget: int) -> bool:
+        """Whether a few tensors of the size of `logits` are well within a memory budget in bytes."""
+        return self.logits.nbytes <= budget // 8
+
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(first candidate, rows [n,D]) in order: all at once where the rows are held, else piece by piece."""
         if self._rows is not None:

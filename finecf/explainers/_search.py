@@ -92,7 +92,7 @@ def replace_until_flip(
     for images in torch.arange(len(target), device=target.device).split(chunk):
         own = game.select(images) if len(images) < len(target) else game
         bars = None if excluded is None else excluded[images]
-        plain = bars is None and rules.refresh is None and pool.logits.nbytes <= game.head.budget // 8
+        plain = bars is None and rules.refresh is None and pool.light(game.head.budget)
         if isinstance(own, LinearGame) and plain:
             traces += _whole_search(own, pool, target[images], scores[images], rules)
         else:
@@ -274,12 +274,25 @@ def _balance(game: Game, choice: _Choice, scores: Tensor, rules: Rules) -> Tenso
     first = _best_cells(
         scores.gather(1, choice.visited), torch.ones_like(choice.visited, dtype=torch.bool), rules.top_cells
     )
-    best = _least(game, choice, first, choice.barred, 0.0, 1.0).loss
+    best = _least_class_loss(game, choice, first)
     now = -game.logits.log_softmax(1).gather(1, choice.target[:, None])[:, 0]
     low, high = choice.similarity[first].view(len(first), -1).aminmax(dim=1)
     span = (high - low).clamp_min(torch.finfo(low.dtype).eps)
     gain = torch.where(best.isfinite(), now - best, 0).clamp_min(0)
     return rules.weight_cls * BALANCE * gain / span
+
+
+def _least_class_loss(game: Game, choice: _Choice, cells: Tensor) -> Tensor:
+    """The least -log p(target) [B] that one replacement in `cells` bool [B,n] leads to; +inf where there is none."""
+    pool = choice.pool
+    if not isinstance(game, LinearGame) or choice.shortlist is not None or not pool.light(game.head.budget):
+        return _least(game, choice, cells, choice.barred, 0.0, 1.0).loss
+    cell_logits = choice.cell_logits(game)
+    least = []
+    for i, target in enumerate(choice.target.tolist()):
+        losses = _class_losses(game.logits[i] - cell_logits[i, cells[i]], target, pool)
+        least.append(losses.amin(0).masked_fill(choice.barred[i], math.inf).amin())
+    return torch.stack(least)
 
 
 @dataclass
@@ -392,11 +405,7 @@ def _near_ties(
     for done in range(edits - 1):
         free[done + 1 :, at[done]] = False
     edit, cell = _best_cells(scores.expand(edits, -1), free, rules.top_cells).nonzero(as_tuple=True)
-    rest = trace.logits[edit] - cell_logits[cell]
-    peak = rest.amax(1, keepdim=True)
-    sums = (rest - peak).exp_() @ pool.exponentials.T
-    wanted = rest[:, target, None] + pool.logits[:, target]
-    loss = sums.log_().add_(peak).add_(pool.peaks).sub_(wanted).mul_(rules.weight_cls)
+    loss = _class_losses(trace.logits[edit] - cell_logits[cell], target, pool).mul_(rules.weight_cls)
     loss += 1 - similarity[cell]
     if not rules.reuse_candidates:
         for done, row in enumerate(trace.candidates):
@@ -405,6 +414,16 @@ def _near_ties(
     near = (loss <= (best[edit] + NOISE_FACTOR * noise)[:, None]).sum(1)
     counts = torch.zeros(edits, dtype=near.dtype, device=near.device).index_add_(0, edit, near)
     return [number for number, count in enumerate(counts.tolist(), 1) if count > 1]
+
+
+def _class_losses(rest: Tensor, target: int, pool: Pool) -> Tensor:
+    """-log softmax(rest [S,C] + K_n)[target] for every candidate, [S,N], by one matrix product.
+
+    Right to rounding where the sum does not underflow, and too high where it does: good to judge, not to decide by.
+    """
+    peak = rest.amax(1, keepdim=True)
+    sums = ((rest - peak).exp_() @ pool.exponentials.T).clamp_min_(torch.finfo(rest.dtype).tiny)
+    return sums.log_().add_(peak - rest[:, target, None]).add_(pool.peaks - pool.logits[:, target])
 
 
 def _visited(scores: Tensor, top_cells: int | None, limit: int) -> Tensor:
