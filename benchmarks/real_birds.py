@@ -1,6 +1,6 @@
 """FG-VCE on the real mistakes of a pretrained bird classifier: flips, edits, time apart from the trunk, and curves.
 
-    python benchmarks/real_birds.py [--limit N] [--threads N] [--no-curves] [--compile] [--markdown FILE] [--json FILE]
+    python benchmarks/real_birds.py [--limit N] [--threads N] [--no-curves] [--compile] [--cache DIR] [--markdown FILE]
 
 The folder of photographs, model and weights is found at FINECF_REALDATA, else at ../shared/realdata. Every mistake of
 the model on the 1,725 photographs is explained with the bank of all cells of all correctly classified ones.
@@ -9,6 +9,7 @@ the model on the 1,725 photographs is explained with the bank of all cells of al
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import rich
 import torch
 from torch import Tensor
@@ -36,9 +38,14 @@ from finecf.metrics import (
     random_maps,
     resize_maps,
 )
+from finecf.metrics.evaluate import EQUAL_WEIGHTS, VARIANTS
 from finecf.metrics.tables import Table
 
-PRESETS = ("fgvce", "exhaustive", "goyal")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fgvce": {},
+    EQUAL_WEIGHTS: VARIANTS[EQUAL_WEIGHTS],
+    **{name: {"preset": name} for name in ("exhaustive", "goyal", "vandenhende", "paper")},
+}
 MAX_EDITS = 10
 BATCH = 16
 
@@ -78,6 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-curves", action="store_true", help="leave out insertion and deletion (the long part)")
     parser.add_argument("--compile", action="store_true", help="run the curves through torch.compile (some 1e-6 apart)")
+    parser.add_argument("--cache", type=Path, help="keep finished curves here, and go on from there")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
@@ -122,10 +130,12 @@ def main() -> None:
         ["flipped", "edits", "most edits", "cosine", "p target after", "seconds", "processor seconds", "trunk seconds"],
     )
     table.rows["bank"] = {**cost, "trunk seconds": bank_trunk}
+    trunk.wall = trunk.processor = 0.0
+    features = torch.cat([clf.features(chunk) for chunk in images.split(BATCH)])
     explained = {}
-    for preset in PRESETS:
-        explained[preset], row = explain(clf, bank, preset, images, target, trunk)
-        table.rows[preset] = row
+    for name, settings in SETTINGS.items():
+        explained[name], table.rows[name] = explain(clf, bank, settings, images, features, target)
+        table.rows[name]["trunk seconds"] = trunk.wall
     both = {key: float(table.rows["fgvce"][key]) + value for key, value in cost.items()}
     table.rows["bank + fgvce"] = both
     table.notes = [
@@ -138,7 +148,7 @@ def main() -> None:
         runs: Any = clf
         if arguments.compile:
             runs = torch.compile(clf.model.to(memory_format=torch.channels_last), dynamic=False)
-        tables.append(curves(clf, runs, images, target, taken_for, explained))
+        tables.append(curves(clf, runs, images, target, taken_for, explained["fgvce"], arguments.cache))
     for each in tables:
         rich.print(each.rich())
     if arguments.markdown:
@@ -157,15 +167,17 @@ def load_model(path: Path) -> torch.nn.Module:
 
 
 def explain(
-    clf: finecf.Classifier, bank: finecf.CandidateBank, preset: str, images: Tensor, target: Tensor, trunk: Stopwatch
+    clf: finecf.Classifier,
+    bank: finecf.CandidateBank,
+    settings: dict[str, Any],
+    images: Tensor,
+    features: Tensor,
+    target: Tensor,
 ) -> tuple[list[finecf.FGVCEExplanation], dict[str, Any]]:
-    explainer = finecf.FGVCE(clf, bank, preset=preset, max_edits=MAX_EDITS)
-    trunk.wall = trunk.processor = 0.0
     whole = Stopwatch()
-    results = []
     with whole:
-        for first in range(0, len(images), BATCH):
-            results += explainer.explain(images[first : first + BATCH], target[first : first + BATCH])
+        explainer = finecf.FGVCE(clf, bank, max_edits=MAX_EDITS, **settings)
+        results = explainer.explain(images, target, features=features)
     edits = [len(r.edits) if r.flipped else MAX_EDITS for r in results]
     return results, {
         "flipped": f"{sum(r.flipped for r in results)}/{len(results)}",
@@ -173,8 +185,7 @@ def explain(
         "most edits": max(edits),
         "cosine": fmean(edit.similarity for r in results for edit in r.edits),
         "p target after": fmean(r.probabilities_after.target for r in results),
-        **whole.without(trunk),
-        "trunk seconds": trunk.wall,
+        **whole.without(),
     }
 
 
@@ -184,35 +195,39 @@ def curves(
     images: Tensor,
     target: Tensor,
     taken_for: Tensor,
-    explained: dict[str, list[finecf.FGVCEExplanation]],
+    explained: list[finecf.FGVCEExplanation],
+    cache: Path | None,
 ) -> Table:
     """Insertion and deletion of both classes, for FG-VCE's maps and the maps to compare with."""
-    grid = explained["fgvce"][0].grid
+    grid = explained[0].grid
     cell = images.shape[-1] // grid[1]
     rest = {"mean_colour": images.mean((0, 2, 3)), "batch_size": BATCH}
     chunks = [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
-    occluded = [occlusion(runs, images[c], taken_for[c], window=2 * cell, stride=cell, **rest) for c in chunks]
+    classes = torch.stack([taken_for, target], 1)
+
+    def occluded(chunk: slice) -> Tensor:
+        return occlusion(runs, images[chunk], taken_for[chunk], window=2 * cell, stride=cell, **rest)
+
+    def areas(chosen: Tensor) -> Tensor:
+        """[B,4]: insertion and deletion of the predicted class, then of the true class."""
+        parts = [insertion_deletion(runs, images[c], chosen[c], classes[c], **rest) for c in chunks]
+        return torch.cat([torch.stack([p.insertion_auc, p.deletion_auc], 2).flatten(1) for p in parts])
+
     maps = {
-        "dominant map": torch.stack([r.maps["dominant"] for r in explained["fgvce"]]),
-        "contribution map": torch.stack([r.maps["contribution"] for r in explained["fgvce"]]),
-        "before map": torch.stack([r.maps["before"] for r in explained["fgvce"]]),
+        "dominant map": torch.stack([r.maps["dominant"] for r in explained]),
+        "contribution map": torch.stack([r.maps["contribution"] for r in explained]),
+        "before map": torch.stack([r.maps["before"] for r in explained]),
         "Grad-CAM": torch.cat([grad_cam(clf, images[c], taken_for[c]) for c in chunks]),
-        "Grad-CAM of the true class": torch.cat([grad_cam(clf, images[c], target[c]) for c in chunks]),
-        "occlusion": torch.cat(occluded),
+        "occlusion": kept(cache, (images, taken_for), lambda: torch.cat([occluded(c) for c in chunks])),
         "centred Gaussian": centred_gaussian(len(images), grid),
         "random": random_maps(len(images), grid),
     }
+    columns = ["insertion, predicted", "deletion, predicted", "insertion, true", "deletion, true"]
     scores = {}
     for name, chosen in maps.items():
-        classes = torch.stack([taken_for, target], 1)
-        parts = [insertion_deletion(runs, images[c], chosen[c], classes[c], **rest) for c in chunks]
-        scores[name] = {
-            "insertion, predicted": torch.cat([p.insertion_auc[:, 0] for p in parts]),
-            "deletion, predicted": torch.cat([p.deletion_auc[:, 0] for p in parts]),
-            "insertion, true": torch.cat([p.insertion_auc[:, 1] for p in parts]),
-            "deletion, true": torch.cat([p.deletion_auc[:, 1] for p in parts]),
-        }
-    columns = list(scores["random"])
+        found = kept(cache, (images, classes, chosen), lambda chosen=chosen: areas(chosen))  # type: ignore[misc]
+        scores[name] = dict(zip(columns, found.unbind(1), strict=True))
+        print(f"curves of {name}: done", file=sys.stderr, flush=True)
     table = Table("Insertion and deletion on the same mistakes", [*columns, "compactness"])
     for name, values in scores.items():
         row: dict[str, Any] = {column: float(v.mean()) for column, v in values.items()}
@@ -226,11 +241,25 @@ def curves(
     table.notes = [
         "Area under the curve of the probability of the predicted (wrong) and of the true class; 3 % of the pixels a "
         "step in falling order of the map, baseline the mean colour of these photographs. In brackets: the dominant "
-        "map minus this row, 95 % paired bootstrap. Grad-CAM and occlusion are those of the predicted class where no "
-        "other is named; maps are brought bilinearly from the cells to image size; occlusion: window 2 cells, stride "
+        "map minus this row, 95 % paired bootstrap. Grad-CAM and occlusion are those of the predicted class; "
+        "maps are brought bilinearly from the cells to image size; occlusion: window 2 cells, stride "
         "1 cell."
     ]
     return table
+
+
+def kept(cache: Path | None, depends_on: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives, read from `cache` where the same tensors led to it before: an interrupted run goes on."""
+    if cache is None:
+        return compute()
+    digest = hashlib.sha256()
+    for tensor in depends_on:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    file = cache / f"{digest.hexdigest()[:24]}.npy"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(file, compute().numpy())
+    return torch.from_numpy(np.load(file))
 
 
 def _signed(interval: Any) -> str:

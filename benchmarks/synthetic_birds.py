@@ -29,9 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mistakes", type=int, default=300, help="in-family mistakes to grade")
     parser.add_argument("--images", type=int, default=20_000, help="test images to look at, at most")
-    parser.add_argument(
-        "--references", type=int, default=1_000, help="images of the val split to make the bank of"
-    )
+    parser.add_argument("--references", type=int, default=1_000, help="images of the val split to make the bank of")
+    parser.add_argument("--data-seed", type=int, default=0, help="other pictures of the same classes")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--checkpoint", type=Path, help="another net than the shipped one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -42,10 +41,10 @@ def main() -> None:
 
     net, _ = load_birds_net(arguments.checkpoint)
     # Not the training split: a share of its labels is flipped, so that its cells may be those of another class.
-    references = SyntheticBirds("val", n=arguments.references)
+    references = SyntheticBirds("val", n=arguments.references, seed=arguments.data_seed)
     clf = finecf.wrap(net, class_names=references.class_names)
     bank = finecf.CandidateBank.from_loader(clf, DataLoader(references.tensors(), batch_size=64))
-    birds = SyntheticBirds("test", n=arguments.images)
+    birds = SyntheticBirds("test", n=arguments.images, seed=arguments.data_seed)
     result = evaluate_birds(
         clf, bank, birds, references, mistakes=arguments.mistakes, presets=arguments.presets, progress=True
     )

@@ -22,7 +22,11 @@ from finecf.metrics.swaps import SwapScores, cells_on_mask, keypoint_scores, par
 from finecf.metrics.tables import Table
 from finecf.models import CandidateBank, Classifier
 
-PRESETS = ("fgvce", "exhaustive", "goyal", "vandenhende", "paper")
+EQUAL_WEIGHTS = "fgvce w=1"
+VARIANTS: dict[str, dict[str, Any]] = {EQUAL_WEIGHTS: {"preset": "fgvce", "weight_sim": 1.0, "weight_cls": 1.0}}
+"""Settings that are graded beside the presets: the default with both losses weighted 1."""
+
+PRESETS = ("fgvce", EQUAL_WEIGHTS, "exhaustive", "goyal", "vandenhende", "paper")
 INSIDE, ACROSS = "inside a family", "across families"
 EDIT_SCORES = ("flipped", "edits", "edits on parts", "taken from parts", "Near-KP", "Same-KP", "cosine")
 MAP_SCORES = ("energy", "max hit", "AUPRC", "compactness")
@@ -189,7 +193,11 @@ def evaluate_birds(
         chunks = [slice(first, first + batch_size) for first in range(0, len(kept), batch_size)]
         explained = {
             preset: _explain(
-                FGVCE(classifier, bank, preset=preset, max_edits=max_edits), images, kept, chunks, progress
+                FGVCE(classifier, bank, max_edits=max_edits, **VARIANTS.get(preset, {"preset": preset})),
+                images,
+                kept,
+                chunks,
+                progress,
             )
             for preset in presets
         }
