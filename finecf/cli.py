@@ -29,7 +29,7 @@ from finecf.explainers.fgvce import MICRO_BATCH
 from finecf.metrics import dilate_masks, share_on_mask
 from finecf.metrics.evaluate import Mistake, evaluate_birds, find_mistakes
 from finecf.models import CandidateBank, Classifier, wrap
-from finecf.report import Run
+from finecf.report import Run, Truth
 from finecf.training import load_birds_net, load_digits_net, train_birds, train_digits
 
 app = typer.Typer(
@@ -254,10 +254,10 @@ def _demo_birds(n: int) -> Run:
     for mistake in mistakes:
         item = mistake.item
         (result,) = run.explain(item.tensor[None], [mistake.target], [item.source])
-        grown = dilate_masks(torch.from_numpy(item.mask(mistake.visible)), result.grid)
+        differing = torch.from_numpy(item.mask(mistake.visible))
+        grown = dilate_masks(differing, result.grid)
         run.on_parts.append(share_on_mask([edit.cell for edit in result.edits], grown, result.grid))
-        parts = " and ".join(mistake.visible)
-        result.notes.append(f"the parts that tell these two classes apart here: {parts}")
+        run.truths.append(Truth(differing, " and ".join(mistake.visible)))
     run.totals["test images looked at"] = str(looked_at)
     return run
 

@@ -1,7 +1,7 @@
 """Figures of explanations, and the report on a run of an explainer."""
 
-from finecf.report.figures import displayable, plot
+from finecf.report.figures import Truth, displayable, plot
 from finecf.report.html import Report, Row
 from finecf.report.run import Run
 
-__all__ = ["Report", "Row", "Run", "displayable", "plot"]
+__all__ = ["Report", "Row", "Run", "Truth", "displayable", "plot"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -35,15 +35,24 @@ SWAPS_A_ROW: Final = 3
 DPI: Final = 100
 
 
-def plot(explanation: Explanation, path: str | Path | None = None) -> Figure:
+class Truth(NamedTuple):
+    """What really tells two classes apart in an image: a bool [H,W] mask, and its name."""
+
+    mask: Tensor
+    name: str
+
+
+def plot(explanation: Explanation, path: str | Path | None = None, truth: Truth | None = None) -> Figure:
     """Draw the figure of an explanation; with `path` it is also written there (the suffix gives the format).
+
+    Where the right answer is known, `truth` outlines it in the image.
 
     Raises:
         TypeError: there is no figure for this kind of explanation.
     """
     if not isinstance(explanation, FGVCEExplanation):
         raise TypeError(f"there is a figure for FGVCEExplanation, not for {type(explanation).__name__}")
-    figure = _fgvce(explanation)
+    figure = _fgvce(explanation, truth)
     if path is not None:
         figure.savefig(path, dpi=DPI)
     return figure
@@ -69,7 +78,7 @@ def short_source(explanation: Explanation) -> str:
     return "/".join(Path(source).parts[-2:]) if Path(source).is_absolute() or Path(source).is_file() else source
 
 
-def _fgvce(explanation: FGVCEExplanation) -> Figure:
+def _fgvce(explanation: FGVCEExplanation, truth: Truth | None) -> Figure:
     edits = explanation.edits[:SHOWN_EDITS]
     swap_rows = -(-len(edits) // SWAPS_A_ROW)
     heights = [3.05, *[2.2] * swap_rows, 3.05]
@@ -83,14 +92,14 @@ def _fgvce(explanation: FGVCEExplanation) -> Figure:
     _headline(figure, explanation)
     picture = displayable(explanation.image)
 
-    _where(figure.add_subplot(grid[0, 0:3]), explanation, picture)
+    _where(figure.add_subplot(grid[0, 0:3]), explanation, picture, truth)
     _heat(
         figure.add_subplot(grid[0, 3:6]),
         explanation,
         picture,
         "contribution",
         "What made it say so",
-        f"brighter: spoke more for {_short(explanation.predicted_name)}",
+        f"brighter: more {_short(explanation.predicted_name)}",
     )
     _parts(figure.add_subplot(grid[0, 6:9]), explanation, picture)
     _path(figure.add_subplot(_inset(grid[0, 9:12])), explanation)
@@ -101,8 +110,8 @@ def _fgvce(explanation: FGVCEExplanation) -> Figure:
 
     last = len(heights) - 1
     panels = (
-        ("before", "Before the edits", f"what counts for {_short(explanation.predicted_name)}"),
-        ("after", "After the edits", f"what counts for {_short(explanation.target_name)}"),
+        ("before", "Before the edits", f"counts for {_short(explanation.predicted_name)}"),
+        ("after", "After the edits", f"counts for {_short(explanation.target_name)}"),
         ("dominant", "Dominant region", "after minus before: what the repair brought"),
         ("invariant", "Invariant region", "before minus after: what the mistake stood on"),
     )
@@ -137,8 +146,12 @@ def _headline(figure: Figure, explanation: FGVCEExplanation) -> None:
         figure.text(0.98, 0.08 / height, short_source(explanation), fontsize=8, color=QUIET, ha="right")
 
 
-def _where(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float32]) -> None:
+def _where(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float32], truth: Truth | None) -> None:
     _show(axes, picture)
+    if truth is not None:
+        axes.contour(truth.mask.cpu().numpy(), levels=[0.5], colors=["white"], linewidths=2.5)
+        axes.contour(truth.mask.cpu().numpy(), levels=[0.5], colors=["black"], linewidths=1, linestyles="dashed")
+        _caption(axes, f"dashed: the difference to see ({truth.name})", QUIET, line=2)
     for number, edit in enumerate(explanation.edits[:SHOWN_EDITS], 1):
         _box(axes, explanation.cell_box(edit.cell), number, picture.shape)
     _title(axes, "The image and the cells replaced", "")

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from finecf.explainers import FGVCE, FGVCEExplanation
-from finecf.report.figures import plot, short_source
+from finecf.report.figures import Truth, plot, short_source
 from finecf.report.html import Report, Row
 
 TABLE_WIDTH = 80
@@ -36,6 +36,7 @@ class Run:
     save: bool = False
     results: list[FGVCEExplanation] = field(default_factory=list)
     on_parts: list[float] = field(default_factory=list)
+    truths: list[Truth] = field(default_factory=list)
     totals: dict[str, str] = field(default_factory=dict)
 
     def explain(self, images: Tensor, targets: Sequence[int | str], sources: Sequence[str]) -> list[FGVCEExplanation]:
@@ -57,7 +58,7 @@ class Run:
             name = f"{i + 1:04d}_{_stem(result)}"
             report.rows.append(Row(values, out / f"{name}.png" if self.figures else None))
             if self.figures:
-                plot(result, out / f"{name}.png")
+                plot(result, out / f"{name}.png", self.truths[i] if self.truths else None)
             if self.save:
                 result.save(out / f"{name}.safetensors")
         with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
@@ -103,13 +104,13 @@ class Run:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Only names may be cut where the terminal is narrow.
-        figures = sum(len(column) + 1 for column in columns if column not in NAMES)
+        widths = {column: max(len(column), 4) for column in columns if column not in NAMES}
         for column in columns:
             if column in NAMES:
-                room = (console.width - figures - 2) // len(NAMES) - 1
+                room = (console.width - sum(widths.values()) - len(columns) - 2) // len(NAMES)
                 table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=room)
             else:
-                table.add_column(column, justify="right", min_width=len(column))
+                table.add_column(column, justify="right", min_width=widths[column])
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import finecf
 from finecf.explainers.result import Maps, cell_box
+from finecf.report import Truth, plot
 
 
 @pytest.fixture(params=["linear", "generic"])
@@ -135,5 +136,9 @@ def test_a_figure_is_drawn_without_touching_matplotlib_s_state(tmp_path: Path) -
         words = " ".join(text.get_text() for text in figure.findobj(Text))
         assert result.predicted_name in words
         assert result.target_name in words
+        mask = torch.zeros(result.image.shape[-2:], dtype=torch.bool)
+        mask[4:20, 6:12] = True
+        graded = plot(result, truth=Truth(mask, "beak"))
+        assert any("beak" in text.get_text() for text in graded.findobj(Text))
     assert (dict(matplotlib.rcParams), matplotlib.get_backend()) == before
     assert not plt.get_fignums()
