@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import finecf
 from finecf.cli import app
+from finecf.report.run import Run
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 FILE_MODEL = """
@@ -220,3 +221,18 @@ def test_help_names_every_command() -> None:
     assert code == 0
     for command in ("demo", "explain", "evaluate", "train", "bench", "doctor"):
         assert command in output
+
+
+def test_numbers_are_never_cut_in_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table = Run.__new__(Run)
+    table.title, table.totals = "Why?", {}
+    columns = ["image", "is", "taken for", "flip", "edits", "on parts", "ms"]
+    rows = [[name * 30, name * 30, name * 30, "yes", "10", "100%", "12345"] for name in "ab"]
+    table._print(columns, rows)
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    for word in ("flip", "edits", "on parts", "ms", "yes", "10", "100%", "12345"):
+        assert word in output

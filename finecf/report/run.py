@@ -107,10 +107,10 @@ class Run:
         widths = {column: max(len(column), 4) for column in columns if column not in NAMES}
         for column in columns:
             if column in NAMES:
-                room = (console.width - sum(widths.values()) - len(columns) - 2) // len(NAMES)
+                room = (console.width - sum(widths.values()) - 2 * len(columns) - 1) // len(NAMES)  # gaps are 2 wide
                 table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=room)
             else:
-                table.add_column(column, justify="right", min_width=widths[column])
+                table.add_column(column, justify="right", min_width=widths[column], no_wrap=True)
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
