@@ -239,6 +239,31 @@ def test_a_class_that_is_hopeless_and_then_certain() -> None:
     assert mean[0, 0].tolist() == pytest.approx([0, 0, 300 + math.log(2), 0, -300 - math.log(2), 0], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "base", "first", "second"),
+    [
+        (torch.float32, -4.1, 89.0, -80.8),
+        (torch.float32, 2.6, -87.3, 82.3),
+        (torch.float64, -15.0, 714.0, -684.0),
+        (torch.float64, 9.0, -708.5, 690.0),
+    ],
+)
+def test_one_cell_moves_a_class_further_than_exp_reaches(
+    dtype: torch.dtype, base: float, first: float, second: float
+) -> None:
+    """Every partial sum has an exponential, yet that of one cell alone over- or underflows: products of them must not
+    be trusted."""
+    game = {
+        "cell_logits": torch.tensor([[[0.0, first], [0.0, second]]], dtype=dtype, device=cases.DEVICE),
+        "base_logits": torch.tensor([[0.0, base]], dtype=dtype, device=cases.DEVICE),
+        "target": torch.zeros(1, dtype=torch.int64, device=cases.DEVICE),
+    }
+    orders = torch.tensor([[0, 1], [1, 0]], device=cases.DEVICE)
+    result = ops.permutation_shapley(**game, permutations=orders, antithetic=False)
+    bound = 64 * torch.finfo(dtype).eps if dtype == torch.float64 else 1e-6  # the logits round to 4e-6
+    torch.testing.assert_close(result.mean.double(), exact_shapley(game, "prob"), rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_strides_do_not_matter(dtype: torch.dtype) -> None:
     game = cases.game(3, 7, 33, dtype)
