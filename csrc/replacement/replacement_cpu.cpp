@@ -76,6 +76,9 @@ void nearest(const Tensor& query, const Tensor& bank, int64_t k, Tensor& cosine,
   T* cosines = cosine.mutable_data_ptr<T>();
   int64_t* indices = index.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < queries; ++i) {
+    // A cosine that is no number joins nothing: with NaN, infinity or overflow in the rows too few may be left.
+    check(int64_t(best[i].size()) >= k, "nearest_candidates: query and bank must be finite, and small enough that ",
+          "their products are, got rows without a cosine for query ", i);
     std::partial_sort(best[i].begin(), best[i].begin() + k, best[i].end());
     for (int64_t j = 0; j < k; ++j) {
       cosines[i * k + j] = best[i][j].cosine;
@@ -165,11 +168,15 @@ struct PairStore : PairList {
   }
 };
 
+// Drops the pairs whose factorised loss is above `limit`.
+void drop_pairs(PairList& list, double limit) {
+  const auto ruled_out = [&](const Pair& p) { return !p.keep && p.loss > limit; };
+  list.size = std::remove_if(list.data, list.data + list.size, ruled_out) - list.data;
+}
+
 void grow_pairs(PairList* list, int64_t more, double limit) {
   PairStore* store = static_cast<PairStore*>(list);
-  const auto ruled_out = [&](const Pair& p) { return !p.keep && p.loss > limit; };
-  Pair* end = std::remove_if(store->data, store->data + store->size, ruled_out);
-  store->size = end - store->data;
+  drop_pairs(*store, limit);
   // Grown while still half full, so that the cost of dropping stays proportional to what joins.
   if (store->size + more > store->capacity / 2) {
     store->memory.resize(2 * (store->capacity + more));
@@ -186,14 +193,24 @@ struct Choice {
     if (cell != o.cell) return cell < o.cell;
     return candidate < o.candidate;
   }
+  void take(const Choice& o) {
+    if (o.better_than(*this)) *this = o;
+  }
+  // The best of scored pairs.
+  void take(const Pair* pairs, int64_t count, const std::vector<int64_t>& cells) {
+    for (int64_t i = 0; i < count; ++i) take(Choice{cells[pairs[i].row], pairs[i].candidate, pairs[i].loss});
+  }
 };
 
 // Below this many pairs an edit scores them all directly: cheaper than one panel of the factorised scan.
 constexpr int64_t kDirectPairs = 512;
+// A thread of the scan that holds more pairs than this scores them: memory stays bounded where every pair is a tie.
+constexpr int64_t kPairsHeld = int64_t(1) << 16;
 // Packed factors of the candidates beyond this are not kept but made again panel by panel at every edit.
 std::atomic<int64_t> packed_limit{int64_t(512) << 20};
 
-// The candidates' side of the factorisation, for the rows [first, last) that any image of the batch may use.
+// The candidates' side of the factorisation: panels over the rows [first, last) that any image of the batch may use, of
+// which those are packed that one does use. Images of far classes share a wide range and few panels.
 template <class T>
 class CandidatePanels {
  public:
@@ -203,32 +220,45 @@ class CandidatePanels {
         classes_(p.classes),
         first_(first),
         last_(last),
-        count_((last - first + kernels_.tile_cols - 1) / kernels_.tile_cols),
+        count_(last > first ? panel_past(last) : 0),
+        slot_(count_, -1),
         row_max_(count_ * kernels_.tile_cols) {
-    const int64_t panel = classes_ * kernels_.tile_cols;
-    kept_ = count_ * panel * int64_t(sizeof(T)) <= packed_limit.load(std::memory_order_relaxed);
-    if (kept_) packed_.resize(count_ * panel);
+    const int64_t* range = p.range.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < p.images; ++b)
+      if (range[2 * b] < range[2 * b + 1])
+        std::fill(slot_.begin() + panel_of(range[2 * b]), slot_.begin() + panel_past(range[2 * b + 1]), 0);
+    std::vector<int64_t> needed;
+    for (int64_t i = 0; i < count_; ++i)
+      if (slot_[i] == 0) {
+        slot_[i] = int64_t(needed.size());
+        needed.push_back(i);
+      }
+    const int64_t panel = classes_ * kernels_.tile_cols, packed = int64_t(needed.size()) * panel;
+    kept_ = packed * int64_t(sizeof(T)) <= packed_limit.load(std::memory_order_relaxed);
+    if (kept_) packed_.resize(packed);
     std::mutex guard;
-    parallel_tiles(count_, 1, [&](int64_t begin, int64_t end) {
+    parallel_tiles(int64_t(needed.size()), 1, [&](int64_t begin, int64_t end) {
       Workspace<T> scratch(classes_ + kernels_.lanes), once(kept_ ? 0 : panel);
       T most = 0;
       for (int64_t i = begin; i < end; ++i)
-        most = std::max(most, pack(i, kept_ ? packed_.data() + i * panel : once.data(),
-                                   row_max_.data() + i * kernels_.tile_cols, scratch.data()));
+        most = std::max(most, pack(needed[i], kept_ ? packed_.data() + i * panel : once.data(),
+                                   row_max_.data() + needed[i] * kernels_.tile_cols, scratch.data()));
       const std::lock_guard<std::mutex> lock(guard);
       magnitude_ = std::max(magnitude_, double(most));
     });
   }
 
-  int64_t count() const { return count_; }
-  int64_t first() const { return first_; }
+  // The panels that hold rows [begin, end): from the first's to past the last's.
+  int64_t panel_of(int64_t begin) const { return (begin - first_) / kernels_.tile_cols; }
+  int64_t panel_past(int64_t end) const { return (end - first_ + kernels_.tile_cols - 1) / kernels_.tile_cols; }
+  int64_t first_row(int64_t panel) const { return first_ + panel * kernels_.tile_cols; }
   T row_max(int64_t row) { return row_max_.data()[row - first_]; }
   double magnitude() const { return magnitude_; }  // of the candidates' logits
 
   // One panel, from store or made in `scratch` [panel_scratch()].
   const T* panel(int64_t i, T* scratch) {
     const int64_t panel = classes_ * kernels_.tile_cols;
-    if (kept_) return packed_.data() + i * panel;
+    if (kept_) return packed_.data() + slot_[i] * panel;
     pack(i, scratch, scratch + panel, scratch + panel + kernels_.tile_cols);
     return scratch;
   }
@@ -236,7 +266,7 @@ class CandidatePanels {
 
  private:
   T pack(int64_t i, T* panel, T* row_max, T* scratch) const {
-    const int64_t start = first_ + i * kernels_.tile_cols;
+    const int64_t start = first_row(i);
     return kernels_.pack_panel(rows_ + start * classes_, std::min<int64_t>(kernels_.tile_cols, last_ - start), classes_,
                                panel, row_max, scratch);
   }
@@ -244,6 +274,7 @@ class CandidatePanels {
   const Kernels<T>& kernels_;
   const T* rows_;
   int64_t classes_, first_, last_, count_;
+  std::vector<int64_t> slot_;  // of each panel among the packed ones, or -1
   bool kept_;
   double magnitude_ = 0;
   Workspace<T> packed_, row_max_;
@@ -270,13 +301,14 @@ class ImageSearch {
 
   void use(int64_t candidate) {
     used_[candidate] = 1;
-    if (bias_ready_) column_bias_.data()[candidate - panels_->first()] = std::numeric_limits<T>::infinity();
+    if (bias_ready_) column_bias_.data()[candidate - first_column_] = std::numeric_limits<T>::infinity();
   }
 
   // The best pair of one of `cells` (ascending) and an allowed candidate, given the logits now.
   Choice best(const T* logits, const std::vector<int64_t>& cells) {
     std::vector<Pair> pairs;
-    if (cells.empty()) return {};
+    Choice choice;
+    if (cells.empty()) return choice;
     if (p_.shortlist) {  // also where it is empty: nothing is allowed then
       list_shortlist(cells, pairs);
     } else if (int64_t(cells.size()) * (end_ - begin_) <= kDirectPairs) {
@@ -284,14 +316,11 @@ class ImageSearch {
         for (int64_t n = begin_; n < end_; ++n)
           if (!used_[n]) pairs.push_back(Pair{int32_t(r), 1, n, 0});
     } else {
-      scan(logits, cells, pairs);
+      choice = scan(logits, cells, pairs);
     }
-    score(logits, cells, pairs);
-    Choice choice;
-    for (const Pair& pair : pairs) {
-      const Choice c{cells[pair.row], pair.candidate, pair.loss};
-      if (c.better_than(choice)) choice = c;
-    }
+    parallel_tiles(int64_t(pairs.size()), 128,
+                   [&](int64_t begin, int64_t end) { score(logits, cells, pairs.data() + begin, end - begin); });
+    choice.take(pairs.data(), int64_t(pairs.size()), cells);
     return choice;
   }
 
@@ -304,24 +333,25 @@ class ImageSearch {
       }
   }
 
-  void score(const T* logits, const std::vector<int64_t>& cells, std::vector<Pair>& pairs) const {
+  void score(const T* logits, const std::vector<int64_t>& cells, Pair* pairs, int64_t count) const {
     const ExactArgs<T> args{logits,      cell_logits_,  p_.candidate_logits.const_data_ptr<T>(),
                             similarity_, p_.classes,    p_.candidates,
                             target_,     p_.weight_sim, p_.weight_cls};
-    parallel_tiles(int64_t(pairs.size()), 128, [&](int64_t begin, int64_t end) {
-      Workspace<double> scratch(p_.classes + 16);
-      kernels_.exact_losses(args, cells.data(), pairs.data() + begin, end - begin, scratch.data());
-    });
+    Workspace<double> scratch(p_.classes + 16);
+    kernels_.exact_losses(args, cells.data(), pairs, count, scratch.data());
   }
 
-  // weight_cls (n_n - K_nt) for every column of every panel, +inf where the candidate may not be taken.
+  // weight_cls (n_n - K_nt) for every column of this image's panels, +inf where the candidate may not be taken.
   void prepare_columns() {
     if (!panels_) panels_ = std::make_unique<CandidatePanels<T>>(p_, union_first_, union_last_);
-    const int64_t first = panels_->first(), columns = panels_->count() * kernels_.tile_cols;
+    first_panel_ = panels_->panel_of(begin_);
+    past_panel_ = panels_->panel_past(end_);
+    first_column_ = panels_->first_row(first_panel_);
+    const int64_t columns = (past_panel_ - first_panel_) * kernels_.tile_cols;
     const T* rows = p_.candidate_logits.const_data_ptr<T>();
     column_bias_.resize(columns);
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t n = first + j;
+      const int64_t n = first_column_ + j;
       const bool open = n >= begin_ && n < end_ && !used_[n];
       column_bias_.data()[j] = open ? T(p_.weight_cls) * (panels_->row_max(n) - rows[n * p_.classes + target_])
                                     : std::numeric_limits<T>::infinity();
@@ -329,7 +359,8 @@ class ImageSearch {
     bias_ready_ = true;
   }
 
-  void scan(const T* logits, const std::vector<int64_t>& cells, std::vector<Pair>& pairs) {
+  // Leaves in `pairs` those that may be the best; returns the best of those that it had to score on the way.
+  Choice scan(const T* logits, const std::vector<int64_t>& cells, std::vector<Pair>& pairs) {
     if (!bias_ready_) prepare_columns();
     const int64_t rows = int64_t(cells.size());
     const T wc = T(p_.weight_cls), ws = T(p_.weight_sim);
@@ -354,29 +385,41 @@ class ImageSearch {
                            rows,
                            p_.classes,
                            p_.candidates,
-                           panels_->first(),
+                           first_column_,
                            ws,
                            wc,
                            slack,
                            sizeof(T) == 4 ? kRescoreGuardFloat : kRescoreGuardDouble};
-    // Panels that hold any of this image's candidates.
-    const int64_t low = (begin_ - panels_->first()) / kernels_.tile_cols;
-    const int64_t high = (end_ - panels_->first() + kernels_.tile_cols - 1) / kernels_.tile_cols;
+    const auto reach = [&](double b) {
+      return b + args.guard_slack + args.guard_relative * std::max(1.0, std::abs(b));
+    };
     std::mutex guard;
     double best = std::numeric_limits<double>::infinity();
-    parallel_tiles(high - low, 1, [&](int64_t begin, int64_t end) {
+    Choice scored;
+    parallel_tiles(past_panel_ - first_panel_, 1, [&](int64_t begin, int64_t end) {
       PairStore found;
       double own = std::numeric_limits<double>::infinity();
+      Choice own_scored;
       Workspace<T> panel(panels_->panel_scratch());
-      for (int64_t i = low + begin; i < low + end; ++i)
-        kernels_.scan_panel(args, panels_->panel(i, panel.data()), i, &own, &found);
+      for (int64_t i = begin; i < end; ++i) {
+        kernels_.scan_panel(args, panels_->panel(first_panel_ + i, panel.data()), i, &own, &found);
+        if (found.size <= kPairsHeld) continue;
+        drop_pairs(found, reach(own));
+        if (found.size <= kPairsHeld / 2) continue;
+        // Whether a pair is scored now or with the others, its loss has the same bits.
+        score(logits, cells, found.data, found.size);
+        own_scored.take(found.data, found.size, cells);
+        found.size = 0;
+      }
       const std::lock_guard<std::mutex> lock(guard);
       best = std::min(best, own);
+      scored.take(own_scored);
       pairs.insert(pairs.end(), found.data, found.data + found.size);
     });
-    const double reach = best + args.guard_slack + args.guard_relative * std::max(1.0, std::abs(best));
-    pairs.erase(std::remove_if(pairs.begin(), pairs.end(), [&](const Pair& x) { return !x.keep && x.loss > reach; }),
+    const double limit = reach(best);
+    pairs.erase(std::remove_if(pairs.begin(), pairs.end(), [&](const Pair& x) { return !x.keep && x.loss > limit; }),
                 pairs.end());
+    return scored;
   }
 
   const Problem& p_;
@@ -388,6 +431,8 @@ class ImageSearch {
   const int64_t* shortlist_;
   std::vector<char> used_;
   bool bias_ready_ = false;
+  int64_t first_panel_ = 0, past_panel_ = 0;  // panels that hold any of this image's candidates
+  int64_t first_column_ = 0;                  // bank row of the first column of column_bias_
   Workspace<T> column_bias_, factors_, row_bias_;
 };
 

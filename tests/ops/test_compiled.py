@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -157,7 +158,12 @@ def test_direct_calls_are_checked_too() -> None:
         )
 
 
-@pytest.mark.skipif(not _native.cpu_isa_levels() or cases.DEVICE.type != "cpu", reason="needs the compiled CPU library")
+cpu_library = pytest.mark.skipif(
+    not _native.cpu_isa_levels() or cases.DEVICE.type != "cpu", reason="needs the compiled CPU library"
+)
+
+
+@cpu_library
 @cases.compiled_implementations
 def test_panels_that_are_not_kept_give_the_same_bits(implementation: str) -> None:
     """A bank whose packed factors pass a limit is packed again, panel by panel, at every edit."""
@@ -173,3 +179,66 @@ def test_panels_that_are_not_kept_give_the_same_bits(implementation: str) -> Non
     assert before > 0
     assert int(kept.n_edits.max()) > 0
     assert all(torch.equal(one, two) for one, two in zip(kept, again, strict=True))
+
+
+@cpu_library
+@cases.compiled_implementations
+def test_rows_without_a_cosine_are_refused() -> None:
+    """Past the wrapper, rows that are not finite leave too few cosines to choose from: an error, not a wild read."""
+    rng = cases.generator(0)
+    query, bank = cases.normal(rng, 3, 17), cases.normal(rng, 50, 17)
+    bank[7, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="finite"):
+        torch.ops.finecf.nearest_candidates(query, bank, 50)
+    query[1, 0] = torch.inf
+    with pytest.raises(RuntimeError, match="query 1"):
+        torch.ops.finecf.nearest_candidates(query, bank[8:], 1)
+
+
+@cpu_library
+@cases.compiled_implementations
+def test_images_of_far_classes_search_as_if_alone() -> None:
+    """Only panels of some image's candidates are packed; ranges meet, overlap, begin inside panels, or are empty."""
+    arguments = cases.search(batch=6, cells=13, classes=33, rows=1000)
+    arguments["candidate_range"] = torch.tensor([[5, 97], [950, 1000], [40, 200], [500, 500], [200, 330], [955, 999]])
+    together = ops.replace_until_flip(**arguments)
+    assert int(together.n_edits.max()) > 0
+    for image in range(6):
+        alone = {
+            name: each if name == "candidate_logits" else each[image : image + 1] for name, each in arguments.items()
+        }
+        for mine, theirs in zip(ops.replace_until_flip(**alone), together, strict=True):
+            assert torch.equal(mine[0], theirs[image])
+
+
+def growth(call: Callable[[], Any]) -> float:
+    """MiB by which `call` raises the largest resident size of this process."""
+
+    def largest() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the largest so far
+    except OSError:
+        pytest.skip("this system does not tell the largest resident size")
+    before = largest()
+    call()
+    return (largest() - before) / 1024
+
+
+@cpu_library
+@cases.compiled_implementations
+def test_memory_stays_small_where_every_pair_is_a_tie() -> None:
+    torch.set_num_threads(1)
+    arguments = cases.single(cases.search(1, 49, 5, 40000))
+    assert growth(lambda: ops.best_replacement(**arguments, weight_sim=0.0, weight_cls=0.0)) < 40  # of 2 million pairs
+
+
+@cpu_library
+@cases.compiled_implementations
+def test_memory_stays_small_where_classes_are_far_apart() -> None:
+    torch.set_num_threads(1)
+    arguments = cases.single(cases.search(2, 2, 100, 100000))
+    arguments["candidate_range"] = torch.tensor([[0, 600], [99400, 100000]])
+    assert growth(lambda: ops.best_replacement(**arguments)) < 20  # 0.5 for the 1,200 rows, 40 for the whole bank

@@ -347,6 +347,23 @@ def test_equal_pairs_take_the_lowest_cell_then_candidate(listed: bool) -> None:
         assert torch.equal(result.loss, best.loss)
 
 
+@pytest.mark.parametrize("doubtful", [False, True], ids=["ties", "lost products"])
+def test_more_pairs_to_settle_than_a_list_holds(doubtful: bool) -> None:
+    """147,000 pairs of which none can be ruled out: all tie, or the product of each underflows."""
+    arguments = cases.single(cases.search(1, 49, 5, 3000, scale=0.1))
+    arguments["candidate_range"] = torch.tensor([[3, 2999]], device=cases.DEVICE)
+    if doubtful:
+        # Rows of cells and of candidates peak at different classes, 100 above the others.
+        arguments["cell_logits"][..., 1] -= 100
+        arguments["candidate_logits"][..., 2] += 100
+        arguments["logits"] = arguments["cell_logits"][:, 7]
+        check_best(arguments, ops.best_replacement(**arguments))
+    else:
+        arguments["similarity"].fill_(0.25)
+        result = ops.best_replacement(**arguments, weight_cls=0.0)
+        assert [part.item() for part in result] == [0, 3, 0.75]
+
+
 def test_best_of_strided_half_and_autocast() -> None:
     arguments = cases.single(cases.search(3, 9, 33, 97))
     arguments["used"] = cases.integers(cases.generator(1), 2, 3, 97).bool()
