@@ -217,7 +217,8 @@ class Pooled(torch.nn.Module):
 
 
 def resnet_like(width: int = 2048, classes: int = 200) -> tuple[finecf.CandidateBank, Any, Tensor]:
-    """Classifier, bank of 3,000 cells of class 1 (61 images), and a feature map that ten edits do not flip."""
+    """Bank of 3,000 cells of class 1 (61 images), classifier, and a feature map that ten edits do not flip."""
+    torch.manual_seed(0)  # the same weights in every process: a bank belongs to the classifier that it was built with
     model = Pooled(width, classes).eval()
     with torch.no_grad():
         model.fc.weight.mul_(8)

@@ -51,6 +51,11 @@ class Arguments:
             raise TypeError(
                 f"finecf.ops.{self.operator}: {name} must hold integers, got {value.dtype}; use {name}.long()"
             )
+        limits = torch.iinfo(dtype)
+        if torch.iinfo(value.dtype).max > limits.max and values_visible() and value.numel():
+            low, high = (int(bound) for bound in torch.aminmax(value))
+            if low < limits.min or high > limits.max:
+                self.refuse(f"{name} must fit {dtype}, got values from {low} to {high}; check what made them")
         return value.to(dtype)
 
     def boolean(self, name: str, value: Tensor, axes: str) -> Tensor:

@@ -250,3 +250,11 @@ def test_arguments_are_left_alone() -> None:
         before = {name: each.clone() for name, each in arguments.items() if isinstance(each, Tensor)}
         getattr(ops, operator)(**arguments)
         assert all(torch.equal(arguments[name], each) for name, each in before.items())
+
+
+def test_integers_too_large_for_the_kernels_are_refused() -> None:
+    """2^32 would become the cell 0 when it is narrowed."""
+    orders = torch.tensor([[0, 1, 2], [2, 1, 2**32]])
+    game = cases.game(cells=3)
+    with pytest.raises(ValueError, match=r"fit torch\.int32"):
+        ops.permutation_shapley(**game, permutations=orders.to(cases.DEVICE))
