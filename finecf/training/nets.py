@@ -11,18 +11,31 @@ from torch import nn
 from finecf.training.checkpoints import SHIPPED, load_checkpoint
 
 
+def _halving(c_in: int, c_out: int) -> nn.Conv2d:
+    """A strided convolution whose outputs are centred on the four pixels they stand for.
+
+    A kernel of 3 is centred on the first of them; four such layers in a row shift the map by half a cell, and every
+    cell would look beside the place where it is drawn.
+    """
+    return nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)
+
+
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut (He et al., CVPR 2016): [B,c_in,H,W] to [B,c_out,H/stride,W/stride]."""
+    """Two convolutions beside a shortcut (He et al., CVPR 2016): [B,c_in,H,W] to [B,c_out,H/stride,W/stride], stride 1
+    or 2.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False) if stride == 1 else _halving(c_in, c_out)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(
+                nn.AvgPool2d(stride), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -42,10 +55,10 @@ class BirdsNet(nn.Module):
         first, second, third, fourth = self.widths
         # Two strided convolutions bring 128 pixels to 32 at once: most of the work is then done on small maps.
         self.stem = nn.Sequential(
-            nn.Conv2d(3, first, 3, 2, 1, bias=False),
+            _halving(3, first),
             nn.BatchNorm2d(first),
             nn.ReLU(),
-            nn.Conv2d(first, second, 3, 2, 1, bias=False),
+            _halving(first, second),
             nn.BatchNorm2d(second),
             nn.ReLU(),
         )
@@ -70,7 +83,7 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.width = width
         half = width // 2
-        self.layer1 = nn.Sequential(nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU())
+        self.layer1 = nn.Sequential(_halving(3, half), nn.BatchNorm2d(half), nn.ReLU())
         self.layer2 = ResidualBlock(half, width, 2)
         self.layer3 = ResidualBlock(width, width)
         self.pool = nn.AdaptiveAvgPool2d(1)
