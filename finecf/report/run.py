@@ -103,12 +103,15 @@ class Run:
     def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        # Only names may be cut where the terminal is narrow.
+        # Where the terminal is narrow, class names may be cut, and the image's name if it is long.
         widths = {column: max(len(column), 4) for column in columns if column not in NAMES}
+        room = console.width - sum(widths.values()) - 2 * len(columns) - 1  # gaps are 2 wide
+        longest = max((len(row[0]) for row in rows), default=0)
+        image = min(max(longest, len(NAMES[0])), room // 2)
         for column in columns:
             if column in NAMES:
-                room = (console.width - sum(widths.values()) - 2 * len(columns) - 1) // len(NAMES)  # gaps are 2 wide
-                table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=room)
+                most = image if column == NAMES[0] else (room - image) // (len(NAMES) - 1)
+                table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=most)
             else:
                 table.add_column(column, justify="right", min_width=widths[column], no_wrap=True)
         for row in rows:
