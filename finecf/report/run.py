@@ -104,10 +104,10 @@ class Run:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Where the terminal is narrow, class names may be cut, and the image's name if it is long.
-        widths = {column: max(len(column), 4) for column in columns if column not in NAMES}
+        cells = {column: [column, *(row[i] for row in rows)] for i, column in enumerate(columns)}
+        widths = {column: max(map(len, own)) for column, own in cells.items() if column not in NAMES}
         room = console.width - sum(widths.values()) - 2 * len(columns) - 1  # gaps are 2 wide
-        longest = max((len(row[0]) for row in rows), default=0)
-        image = min(max(longest, len(NAMES[0])), room // 2)
+        image = min(max(map(len, cells[NAMES[0]])), room // 2)
         for column in columns:
             if column in NAMES:
                 most = image if column == NAMES[0] else (room - image) // (len(NAMES) - 1)
