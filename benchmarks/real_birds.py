@@ -228,7 +228,7 @@ def curves(
         found = kept(cache, (images, classes, chosen), lambda chosen=chosen: areas(chosen))  # type: ignore[misc]
         scores[name] = dict(zip(columns, found.unbind(1), strict=True))
         print(f"curves of {name}: done", file=sys.stderr, flush=True)
-    table = Table("Insertion and deletion on the same mistakes", [*columns, "compactness"])
+    table = Table("Insertion and deletion on the same mistakes", [*columns, "compactness", "at zero"])
     for name, values in scores.items():
         row: dict[str, Any] = {column: float(v.mean()) for column, v in values.items()}
         if name != "dominant map":
@@ -237,13 +237,14 @@ def curves(
         positive = resize_maps(maps[name].clamp_min(0), (images.shape[2], images.shape[3]))
         peak = positive.amax((1, 2), keepdim=True)
         row["compactness"] = float(compactness(torch.where(peak > 0, positive / peak, 0).clamp(0, 1)).mean())
+        row["at zero"] = float((resize_maps(maps[name], (images.shape[2], images.shape[3])) == 0).double().mean())
         table.rows[name] = row
     table.notes = [
         "Area under the curve of the probability of the predicted (wrong) and of the true class; 3 % of the pixels a "
         "step in falling order of the map, baseline the mean colour of these photographs. In brackets: the dominant "
         "map minus this row, 95 % paired bootstrap. Grad-CAM and occlusion are those of the predicted class; "
         "maps are brought bilinearly from the cells to image size; occlusion: window 2 cells, stride "
-        "1 cell."
+        "1 cell. At zero: share of the pixels where the map is exactly zero; they come in reading order."
     ]
     return table
 
