@@ -238,7 +238,7 @@ class CandidatePanels {
     if (kept_) packed_.resize(packed);
     std::mutex guard;
     parallel_tiles(int64_t(needed.size()), 1, [&](int64_t begin, int64_t end) {
-      Workspace<T> scratch(classes_ + kernels_.lanes), once(kept_ ? 0 : panel);
+      Workspace<T> scratch(row_scratch()), once(kept_ ? 0 : panel);
       T most = 0;
       for (int64_t i = begin; i < end; ++i)
         most = std::max(most, pack(needed[i], kept_ ? packed_.data() + i * panel : once.data(),
@@ -262,9 +262,11 @@ class CandidatePanels {
     pack(i, scratch, scratch + panel, scratch + panel + kernels_.tile_cols);
     return scratch;
   }
-  int64_t panel_scratch() const { return kept_ ? 0 : (classes_ + 1) * kernels_.tile_cols + classes_ + kernels_.lanes; }
+  int64_t panel_scratch() const { return kept_ ? 0 : (classes_ + 1) * kernels_.tile_cols + row_scratch(); }
 
  private:
+  int64_t row_scratch() const { return kernels_.lanes * (classes_ + kernels_.lanes); }
+
   T pack(int64_t i, T* panel, T* row_max, T* scratch) const {
     const int64_t start = first_row(i);
     return kernels_.pack_panel(rows_ + start * classes_, std::min<int64_t>(kernels_.tile_cols, last_ - start), classes_,
