@@ -45,24 +45,28 @@ template <class T>
 void masked_scores(const Game& g, const Tensor& masks, Value value, Tensor& out) {
   const Kernels<T>& k = cpu_kernels_for<T>();
   const int64_t count = masks.size(0);
-  ImageGame<T> image(k, g.cells, g.classes);
-  for (int64_t b = 0; b < g.images; ++b) {
-    MaskedScoresArgs<T> args{g.cell_logits.const_data_ptr<T>() + b * g.cells * g.classes,
-                             g.base_logits.const_data_ptr<T>() + b * g.classes,
-                             image.relative.data(),
-                             masks.const_data_ptr<T>(),
-                             out.mutable_data_ptr<T>() + b * count,
-                             g.cells,
-                             g.classes,
-                             image.width,
-                             g.target.const_data_ptr<int64_t>()[b],
-                             value};
+  const auto score = [&](int64_t b, ImageGame<T>& image) {
+    const MaskedScoresArgs<T> args{g.cell_logits.const_data_ptr<T>() + b * g.cells * g.classes,
+                                   g.base_logits.const_data_ptr<T>() + b * g.classes,
+                                   image.relative.data(),
+                                   masks.const_data_ptr<T>(),
+                                   out.mutable_data_ptr<T>() + b * count,
+                                   g.cells,
+                                   g.classes,
+                                   image.width,
+                                   g.target.const_data_ptr<int64_t>()[b],
+                                   value};
     k.relative(args.cell_logits, args.base_logits, g.cells, g.classes, args.target, image.width, image.relative.data());
     parallel_tiles(count, k.tile_rows, [&](int64_t begin, int64_t end) {
       Workspace<T> scratch((g.cells + image.width) * k.tile_rows);
       k.masked_scores(args, begin, end, scratch.data());
     });
-  }
+  };
+  // Threads share out the images where there are several; the loop over the tiles of one image is then serial.
+  parallel_tiles(g.images, 1, [&](int64_t begin, int64_t end) {
+    ImageGame<T> image(k, g.cells, g.classes);
+    for (int64_t b = begin; b < end; ++b) score(b, image);
+  });
 }
 
 Tensor masked_class_scores(Tensor cell_logits, Tensor base_logits, Tensor masks, Tensor target, std::string value) {
