@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
+import os
+import re
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -29,7 +33,9 @@ from finecf.explainers.fgvce import MICRO_BATCH
 from finecf.metrics import dilate_masks, share_on_mask
 from finecf.metrics.evaluate import Mistake, evaluate_birds, find_mistakes
 from finecf.models import CandidateBank, Classifier, wrap
+from finecf.models.layers import close_names
 from finecf.report import Run, Truth
+from finecf.report.run import ASKED, MISTAKES
 from finecf.training import load_birds_net, load_digits_net, train_birds, train_digits
 
 app = typer.Typer(
@@ -43,6 +49,8 @@ DEMO_REFERENCES = 800
 DEMO_CHOICE = 3
 DEMO_EDITS = 10
 EVALUATE_IMAGES = 20_000
+SLOW_HEAD_EDITS = 10
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
 _Arguments = ParamSpec("_Arguments")
@@ -79,6 +87,7 @@ def demo(
     runs = {"birds": _demo_birds, "digits": _demo_digits}
     if dataset not in runs:
         raise ValueError(f"--dataset must be one of {', '.join(runs)}; got {dataset!r}")
+    _make_folder(out)
     runs[dataset](n).publish(out)
     rich.print(f"The whole demo took {time.perf_counter() - started:.0f} s.")
 
@@ -91,7 +100,7 @@ def explain(
     method: Annotated[str, typer.Option(help="The explainer.")] = "fgvce",
     weights: Annotated[Path | None, typer.Option(help="State dict: .safetensors, or a file of torch.save.")] = None,
     image: Annotated[Path | None, typer.Option(help="Explain this image; needs --target.")] = None,
-    target: Annotated[str | None, typer.Option(help="The class that --image should have been.")] = None,
+    target: Annotated[str | None, typer.Option(help="The class that --image is to be taken for.")] = None,
     all_mistakes: Annotated[
         bool, typer.Option("--all-mistakes", help="Explain every wrongly classified image.")
     ] = False,
@@ -107,10 +116,13 @@ def explain(
         str, typer.Option(help="imagenet, none, or auto: imagenet for torchvision's models, none for your own.")
     ] = "auto",
     max_edits: Annotated[
-        int | None, typer.Option(min=1, help="Most replacements in one image; default: all cells.")
+        int | None,
+        typer.Option(
+            min=1, help="Most replacements in one image; default: all cells, or 10 if the head is not linear."
+        ),
     ] = None,
     minimal: Annotated[bool, typer.Option(help="Afterwards remove the replacements that are not needed.")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,
 ) -> None:
@@ -120,29 +132,42 @@ def explain(
     if (image is None) == (not all_mistakes):
         raise ValueError("give --image FILE --target NAME, or --all-mistakes")
     if image is not None and target is None:
-        raise ValueError("--image needs --target NAME, the class that the image should have been")
+        raise ValueError("--image needs --target NAME, the class that the image is to be taken for")
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"--image: there is no file {image}")
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    images, classifier = _user_classifier(model, weights, data, labels, layer, size, normalise, device)
+    place = _device(device)
+    _make_folder(out)
+    images, classifier = _user_classifier(model, weights, data, labels, layer, size, normalise, place)
     names = _index_of_folders(images, classifier)
     wanted = None if target is None else [classifier.class_index(target)]
     chosen = [i for i in range(len(images)) if wanted is None or names[images.labels[i]] in wanted]
     if not chosen:
         raise ValueError(f"{data} holds no images of class {target!r} to take replacements from")
     bank = CandidateBank.from_loader(classifier, _batches(images, chosen, names), progress=None)
-    explainer = FGVCE(classifier, bank, preset, max_edits=max_edits, minimal=minimal)
-    run = Run(f"{preset} on {data}", _about(preset), explainer, figures=figures, save=save)
+    if max_edits is None:
+        max_edits = _default_edits(classifier, images.images(chosen[:1]))
+    run = Run(
+        f"{preset} on {data}" if target is None else f"What would make it {target}?",
+        _about(preset, target),
+        FGVCE(classifier, bank, preset, max_edits=max_edits, minimal=minimal),
+        figures=figures,
+        save=save,
+        names=MISTAKES if target is None else ASKED,
+    )
     if image is not None:
         run.explain(LabelledImages([image], [0], [str(target)], size).images(), [str(target)], [str(image)])
     else:
         kept = set(bank.sources)
         # Every image that the bank did not keep was classified as something else.
-        wrong = [i for i in chosen if str(images.paths[i]) not in kept]
+        mistakes = [i for i in chosen if str(images.paths[i]) not in kept]
+        wrong, skipped = _with_references(mistakes, [names[images.labels[i]] for i in mistakes], bank, classifier)
         for batch, numbers, sources in track(list(_batches(images, wrong, names)), "explaining", transient=True):
             run.explain(batch, numbers, sources)
         run.totals["images looked at"] = str(len(images))
+        if skipped:
+            run.totals["skipped"] = skipped
     run.publish(out)
 
 
@@ -224,6 +249,8 @@ def doctor() -> None:
     for part in ("cpu", "cuda"):
         for name, value in info[part].items():
             table.add_row(f"{part} {name}", ", ".join(value) if isinstance(value, list) else str(value))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("cuda device", ", ".join(devices) or "none here")
     table.add_row("operators", "\n".join(info["operators"]))
     rich.print(table)
 
@@ -305,7 +332,7 @@ def _user_classifier(
     layer: str | None,
     size: int,
     normalise: str,
-    device: str,
+    device: torch.device,
 ) -> tuple[ImageFolderDataset, Classifier]:
     images = ImageFolderDataset(data, size=size)
     class_names = images.class_names if labels is None else _lines(labels)
@@ -328,8 +355,10 @@ def _model(spec: str, weights: Path | None, classes: int) -> nn.Module:
     """The model that `torchvision:NAME` or `FILE.py:FUNCTION` stands for, with its weights."""
     kind, _, name = spec.rpartition(":")
     if kind == "torchvision":
-        from torchvision.models import get_model
+        from torchvision.models import get_model, list_models
 
+        if name.lower() not in list_models():
+            raise ValueError(f"--model: torchvision has no model {name!r}: {close_names(name, list_models())}")
         if weights is None:
             raise ValueError(f"--model {spec} needs --weights FILE: pretrained weights are not downloaded")
         module = get_model(name, weights=None, num_classes=classes)
@@ -339,7 +368,7 @@ def _model(spec: str, weights: Path | None, classes: int) -> nn.Module:
         raise ValueError(f"--model must be torchvision:NAME or FILE.py:FUNCTION; got {spec!r}")
     if weights is not None:
         try:
-            module.load_state_dict(_state_dict(weights))
+            module.load_state_dict(_state_dict(weights, module))
         except RuntimeError as error:
             raise ValueError(f"{weights} does not fit --model {spec}: {error}") from error
     return module.eval()
@@ -352,17 +381,57 @@ def _from_file(path: Path, function: str) -> nn.Module:
     if spec is None or spec.loader is None:
         raise ValueError(f"--model: {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--model: {path} cannot be run: {_short(error)}") from error
+    make = getattr(module, function, None)
+    if not callable(make):
         raise ValueError(f"--model: {path} has no function {function!r}")
-    model = getattr(module, function)()
+    needed = [
+        name
+        for name, parameter in inspect.signature(make).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise TypeError(
+            f"--model: {function} of {path} needs arguments ({', '.join(needed)}): give a function that takes none"
+        )
+    try:
+        model = make()
+    except Exception as error:
+        raise ValueError(f"--model: {function} of {path} failed: {_short(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"--model: {function} of {path} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from torch.save (tensors only, nothing is executed)."""
+def _state_dict(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """The state dict for `module` that a file holds, taken out of what training scripts wrap around it."""
+    loaded, unwrapped = _tensors(path), []
+    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+        key = next((key for key in STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)), None)
+        if key is None:
+            break
+        loaded = loaded[key]
+        unwrapped.append(f"its entry {key!r} is taken")
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(
+            f"--weights: {path} holds no state dict (names and tensors), neither itself nor as one of its entries "
+            f"{', '.join(map(repr, STATE_DICT_KEYS))}"
+        )
+    prefix = "module."
+    if all(name.startswith(prefix) for name in loaded) and not all(n.startswith(prefix) for n in module.state_dict()):
+        loaded = {name.removeprefix(prefix): value for name, value in loaded.items()}
+        unwrapped.append(f"{prefix!r} is cut off its names")
+    if unwrapped:
+        rich.print(escape(f"Weights of {path}: {', '.join(unwrapped)}."))
+    return dict(loaded)
+
+
+def _tensors(path: Path) -> Any:
+    """What a file of safetensors or of torch.save holds (tensors only, nothing is executed)."""
     import pickle
 
     from safetensors import SafetensorError
@@ -375,10 +444,85 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             return {
                 name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()
             }
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"--weights: {path} is truncated or holds more than tensors ({error})") from error
-    return loaded.get("state_dict", loaded)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # torch raises a LookupError for files that are no pickle at all.
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+        if "TorchScript" in str(error) or _holds_modules(path):
+            raise ValueError(f"--weights: {path} holds a whole model: save model.state_dict()") from error
+        raise ValueError(f"--weights: {path} is truncated or holds more than tensors ({_short(error)})") from error
+
+
+def _holds_modules(path: Path) -> bool:
+    """Whether a file of torch.save names classes of layers, which a state dict does not."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError):  # a zip file that torch.save did not write
+        return False
+    return any(name.startswith("torch.nn.modules.") for name in named)
+
+
+def _short(error: Exception) -> str:
+    """An error's kind and the one line of its message that says what is wrong, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2].strip()
+    line = text.splitlines()[0].strip() if text else ""
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, once it is known to be there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: the last CUDA device here is cuda:{count - 1}")
+    return device
+
+
+def _make_folder(out: Path) -> None:
+    """Make the folder of --out before any work is done, or say why it cannot be."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file; give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: the folder {out} cannot be made ({error.strerror})") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: the folder {out} cannot be written to")
+
+
+def _default_edits(classifier: Classifier, images: Tensor) -> int | None:
+    """Most edits where the user gave no number: all cells, but few where each edit runs the head."""
+    features = classifier.features(images)
+    fold = classifier.fold(features)
+    if (fold is not None and fold.kind == "linear") or features.shape[-2:].numel() <= SLOW_HEAD_EDITS:
+        return None
+    rich.print(
+        f"The head is not linear, so edits are slow: at most {SLOW_HEAD_EDITS} in one image (--max-edits changes it)."
+    )
+    return SLOW_HEAD_EDITS
+
+
+def _with_references(
+    mistakes: Sequence[int], labels: Sequence[int], bank: CandidateBank, classifier: Classifier
+) -> tuple[list[int], str]:
+    """The mistakes whose class the bank has cells of, and a line about the others, if any."""
+    held = set(bank.labels.tolist())
+    lost = Counter(label for label in labels if label not in held)
+    if not lost:
+        return list(mistakes), ""
+    names = ", ".join(classifier.class_name(label) for label in sorted(lost))
+    why = f"of classes without a correctly classified image to take replacements from ({names})"
+    if lost.total() == len(mistakes):
+        raise ValueError(f"no mistake can be explained: all {len(mistakes)} are {why}")
+    line = f"{lost.total()} of {len(mistakes)} mistakes, {why}"
+    rich.print(escape(f"Skipped: {line}."))
+    return [i for i, label in zip(mistakes, labels, strict=True) if label in held], line
 
 
 def _lines(path: Path) -> list[str]:
@@ -401,8 +545,9 @@ def _batches(
         yield images.images(own), [names[images.labels[i]] for i in own], [str(images.paths[i]) for i in own]
 
 
-def _about(preset: str) -> str:
+def _about(preset: str, asked: str | None) -> str:
+    whose, answer = ("the true class", "gave the right answer") if asked is None else (asked, f"said {asked}")
     return (
         f"Each figure shows which cells of the network's last feature map FG-VCE (preset {preset!r}) replaced by cells "
-        "of real images of the true class until the network gave the right answer."
+        f"of real images of {whose} until the network {answer}."
     )

@@ -40,6 +40,16 @@ def build():
 
 def not_a_model():
     return 3
+
+def broken():
+    raise RuntimeError("no such thing\\nsecond line")
+
+def sized(width, depth, *, name="x"):
+    return ColourNet()
+
+class DeepNet(ColourNet):
+    def forward(self, x):
+        return self.fc(torch.tanh(self.cells(x)).amax((2, 3)))
 """
 
 
@@ -105,6 +115,113 @@ def test_one_image_is_explained(folder: Path) -> None:
     assert not list((folder / "out").glob("*.png"))
 
 
+def test_a_class_that_was_asked_for_is_not_shown_as_the_truth(folder: Path) -> None:
+    image = folder / "data" / "red" / "0.png"
+    code, output = explain(folder, "--image", image, "--target", "green", "--no-figures")
+    assert code == 0, output
+    assert "What would make it green?" in output
+    assert "images explained: 1" in output
+    assert "mistake" not in output
+    with (folder / "out" / "table.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["asked"], row["taken for"], row["flip"]) == ("green", "red", "yes")
+    page = (folder / "out" / "report.html").read_text()
+    assert "by cells of real images of green until the network said green." in page
+
+
+def test_mistakes_of_a_class_without_references_are_skipped(folder: Path) -> None:
+    for i in range(5):
+        picture = np.empty((32, 32, 3), dtype=np.uint8)
+        picture[:] = COLOURS["red"]
+        Image.fromarray(picture).save(folder / "data" / "green" / f"{i}.png")
+    code, output = explain(folder, "--all-mistakes", "--no-figures")
+    assert code == 0, output
+    assert "2 of 2" in output
+    said = " ".join(output.split())
+    line = "6 of 8 mistakes, of classes without a correctly classified image to take replacements from (green)"
+    assert f"Skipped: {line}." in said
+    assert f"skipped: {line}" in said
+    for name in ("blue", "red"):
+        (folder / "data" / name / "5.png").unlink()
+    code, output = explain(folder, "--all-mistakes", "--no-figures")
+    assert code == 2
+    assert "no mistake can be explained: all 6 are of classes without" in output
+
+
+def test_a_second_run_leaves_no_figures_of_the_first(folder: Path) -> None:
+    out = folder / "out"
+    assert explain(folder, "--all-mistakes")[0] == 0
+    (out / "0001_mine.png").write_bytes(b"of another program")
+    first = {path.name for path in out.glob("*.png")}
+    image = folder / "data" / "red" / "5.png"
+    assert explain(folder, "--image", image, "--target", "red")[0] == 0
+    assert len(first) == 4
+    assert {path.name for path in out.glob("*.png")} == {"0001_mine.png", "0001_red_5.png"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_cuda_device_that_is_not_there_is_said_in_a_sentence(folder: Path) -> None:
+    code, output = explain(folder, "--all-mistakes", "--device", "cuda")
+    assert code == 2
+    assert output == "finecf: --device cuda: no CUDA device here; use --device cpu\n"
+    assert "none here" in run("doctor")[1]
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/below"])
+def test_a_folder_that_cannot_be_made_is_said_before_any_work(folder: Path, name: str) -> None:
+    (folder / "taken").write_text("a file")
+    (folder / "model.py").write_text("raise SystemError('the model was run')")
+    for command in (
+        ("explain", "--model", f"{folder / 'model.py'}:build", "--data", folder, "--all-mistakes"),
+        ("demo",),
+    ):
+        code, output = run(*command, "--out", folder / name)
+        assert code == 2
+        assert "finecf: --out: " in output
+        assert "the model was run" not in output
+
+
+def test_edits_are_few_where_the_head_is_not_linear(folder: Path) -> None:
+    _, output = explain(folder, "--all-mistakes", "--no-figures", "--layer", "cells", model="DeepNet")
+    assert "at most 10 in one image" in " ".join(output.split())
+    _, output = explain(folder, "--all-mistakes", "--no-figures", "--layer", "cells", "--max-edits", 3, model="DeepNet")
+    assert "at most 10 in one image" not in " ".join(output.split())
+    assert "head is not linear" not in explain(folder, "--all-mistakes", "--no-figures")[1]
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_wrapped_weights_are_unwrapped(folder: Path, key: str) -> None:
+    wrapped = {
+        "module.cells.1.weight": torch.eye(3)[..., None, None],
+        "module.cells.1.bias": torch.zeros(3),
+        "module.fc.weight": torch.tensor([[-6.0, -6, 12], [-6, 12, -6], [12, -6, -6]]),
+        "module.fc.bias": torch.zeros(3),
+    }
+    torch.save({key: wrapped, "epoch": 3}, folder / "weights.pt")
+    code, output = explain(folder, "--all-mistakes", "--no-figures", "--weights", folder / "weights.pt")
+    assert code == 0, output
+    assert "3 of 3" in output
+    assert f"its entry '{key}' is taken, 'module.' is cut off its names." in " ".join(output.split())
+    torch.save({"epoch": 3}, folder / "weights.pt")
+    code, output = explain(folder, "--all-mistakes", "--weights", folder / "weights.pt")
+    assert code == 2
+    assert "holds no state dict" in output
+
+
+def test_a_whole_model_is_no_weights_file(folder: Path) -> None:
+    weights = folder / "weights.pt"
+    torch.save({"model": torch.nn.Sequential(torch.nn.Linear(3, 3))}, weights)
+    code, output = explain(folder, "--all-mistakes", "--weights", weights)
+    assert code == 2
+    assert output == f"finecf: --weights: {weights} holds a whole model: save model.state_dict()\n"
+    torch.save({"model": {}, "accuracy": np.float64(0.5)}, weights)
+    code, output = explain(folder, "--all-mistakes", "--weights", weights)
+    assert code == 2
+    assert "holds more than tensors (UnpicklingError: Unsupported global" in output
+    assert "\x1b" not in output
+    assert len(output.splitlines()) == 1
+
+
 def test_torchvision_models_take_weights(folder: Path) -> None:
     from torchvision.models import mobilenet_v3_small, squeezenet1_1
 
@@ -113,7 +230,7 @@ def test_torchvision_models_take_weights(folder: Path) -> None:
     save_file(squeezenet1_1(num_classes=3).state_dict(), weights)
     data = ("--data", folder / "data", "--size", 64, "--out", folder / "out", "--no-figures")
     code, output = run("explain", "--model", "torchvision:squeezenet1_1", "--weights", weights, *data, "--all-mistakes")
-    assert code == 0 or "bank" in output  # random weights may get every image wrong
+    assert code == 0 or "correctly classified" in output  # random weights may get every image wrong
     torch.save({"state_dict": mobilenet_v3_small(num_classes=5).state_dict()}, folder / "weights.pt")
     code, output = run(
         "explain",
@@ -155,6 +272,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence(folder: Path, arguments: tupl
     [
         ("build2", "has no function 'build2'"),
         ("not_a_model", "must return a torch.nn.Module, got int"),
+        ("broken", "model.py failed: RuntimeError: no such thing\n"),
+        ("sized", "model.py needs arguments (width, depth): give a function that takes none"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_said_in_a_sentence(folder: Path, model: str, message: str) -> None:
@@ -174,6 +293,10 @@ def test_an_unknown_model_is_said_in_a_sentence(folder: Path, model: str, messag
     code, output = run("explain", "--model", "torchvision:resnet18", "--data", folder / "data", "--all-mistakes")
     assert code == 2
     assert "needs --weights" in output
+    code, output = run("explain", "--model", "torchvision:resnet51", "--data", folder / "data", "--all-mistakes")
+    assert code == 2
+    assert "torchvision has no model 'resnet51': did you mean" in output
+    assert "'resnet50'" in output
     code, output = run("explain", "--model", "torchvision:resnet18", "--data", folder / "no", "--all-mistakes")
     assert code == 2
     assert "image folder" in output

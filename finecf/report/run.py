@@ -22,18 +22,24 @@ from finecf.report.figures import Truth, plot, short_source
 from finecf.report.html import Report, Row
 
 TABLE_WIDTH = 80
-NAMES = ("image", "is", "taken for")
+MISTAKES = ("image", "is", "taken for")
+ASKED = ("image", "asked", "taken for")
 
 
 @dataclass
 class Run:
-    """Explanations as they come in, and how they are shown: a table, figures, a report."""
+    """Explanations as they come in, and how they are shown: a table, figures, a report.
+
+    `names` heads the columns of the image, the class explained towards and the class predicted: `MISTAKES` where that
+    class is the true one, `ASKED` where nothing says so.
+    """
 
     title: str
     intro: str
     explainer: FGVCE
     figures: bool = True
     save: bool = False
+    names: tuple[str, str, str] = MISTAKES
     results: list[FGVCEExplanation] = field(default_factory=list)
     on_parts: list[float] = field(default_factory=list)
     truths: list[Truth] = field(default_factory=list)
@@ -46,16 +52,20 @@ class Run:
         return new
 
     def publish(self, out: Path) -> None:
-        """Print the table and the totals; write the figures, the table and the report."""
+        """Print the table and the totals; write the figures, the table and the report.
+
+        Figures of an earlier run in `out`, as its table lists them, are removed.
+        """
         out.mkdir(parents=True, exist_ok=True)
-        columns = [*NAMES, "flip", "edits", *(["on parts"] if self.on_parts else []), "ms"]
+        _remove_earlier_figures(out)
+        columns = [*self.names, "flip", "edits", *(["on parts"] if self.on_parts else []), "ms"]
         self.totals = self._totals() | self.totals
         rows = [self._row(i) for i in range(len(self.results))]
         self._print(columns, rows)
         report = Report(self.title, self.intro, columns, self.totals)
         for i, values in enumerate(track(rows, "drawing", transient=True, disable=not self.figures)):
             result = self.results[i]
-            name = f"{i + 1:04d}_{_stem(result)}"
+            name = _file_name(i, values[0])
             report.rows.append(Row(values, out / f"{name}.png" if self.figures else None))
             if self.figures:
                 plot(result, out / f"{name}.png", self.truths[i] if self.truths else None)
@@ -70,11 +80,12 @@ class Run:
 
     def _totals(self) -> dict[str, str]:
         count = len(self.results)
+        explained = "mistakes explained" if self.names == MISTAKES else "images explained"
         if not count:
-            return {"mistakes explained": "0"}
+            return {explained: "0"}
         edits = [len(result.edits) for result in self.results]
         totals = {
-            "mistakes explained": str(count),
+            explained: str(count),
             "flipped": f"{sum(result.flipped for result in self.results)} of {count}",
             "edits": f"{fmean(edits):.2f} on average, at most {max(edits)}",
             "needed": f"{fmean(len(result.minimal_edits) for result in self.results):.2f} on average",
@@ -105,12 +116,12 @@ class Run:
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Where the terminal is narrow, class names may be cut, and the image's name if it is long.
         cells = {column: [column, *(row[i] for row in rows)] for i, column in enumerate(columns)}
-        widths = {column: max(map(len, own)) for column, own in cells.items() if column not in NAMES}
+        widths = {column: max(map(len, own)) for column, own in cells.items() if column not in self.names}
         room = console.width - sum(widths.values()) - 2 * len(columns) - 1  # gaps are 2 wide
-        image = min(max(map(len, cells[NAMES[0]])), room // 2)
+        image = min(max(map(len, cells[self.names[0]])), room // 2)
         for column in columns:
-            if column in NAMES:
-                most = image if column == NAMES[0] else (room - image) // (len(NAMES) - 1)
+            if column in self.names:
+                most = image if column == self.names[0] else (room - image) // (len(self.names) - 1)
                 table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=most)
             else:
                 table.add_column(column, justify="right", min_width=widths[column], no_wrap=True)
@@ -121,5 +132,19 @@ class Run:
             console.print(f"  {name}: [bold]{escape(value)}[/]", highlight=False)
 
 
-def _stem(result: FGVCEExplanation) -> str:
-    return "_".join(Path(short_source(result)).with_suffix("").parts)
+def _file_name(row: int, image: str) -> str:
+    """The name, without a suffix, of the files of a row of the table."""
+    return f"{row + 1:04d}_" + "_".join(Path(os.path.splitext(image)[0]).parts)
+
+
+def _remove_earlier_figures(out: Path) -> None:
+    """Remove the figures that the table of an earlier run lists: only names that this module gave are touched."""
+    path = out / "table.csv"
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or tuple(lines[0].split(",")[:3]) not in (MISTAKES, ASKED):
+        return
+    for i, row in enumerate(csv.reader(lines[1:])):
+        if row:
+            (out / f"{_file_name(i, row[0])}.png").unlink(missing_ok=True)
