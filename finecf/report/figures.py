@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, SubplotSpec
 from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.text import Text
 from torch import Tensor
 
 from finecf.explainers import Explanation, FGVCEExplanation
@@ -32,7 +33,13 @@ PART_COLOURS: Final = ("#ffd23f", "#4cc9f0", "#f72585", "#80ed99", "#f8961e", "#
 
 SHOWN_EDITS: Final = 6
 SWAPS_A_ROW: Final = 3
+WIDTH: Final = 12  # inches
 DPI: Final = 100
+SMALLEST_TYPE: Final = 6.5
+GAP: Final = 0.12  # inches that stay free between a text and the next panel
+POOLED: Final = "What comes in matters, not where: this network averages over positions."
+FAINT: Final = 0.2
+"""A difference of two maps in [0,1] that is nowhere larger is called faint in its caption."""
 
 
 class Truth(NamedTuple):
@@ -83,11 +90,11 @@ def _fgvce(explanation: FGVCEExplanation, truth: Truth | None) -> Figure:
     swap_rows = -(-len(edits) // SWAPS_A_ROW)
     heights = [3.05, *[2.2] * swap_rows, 3.05]
     # Sizes in inches: each row is its pictures' height and the room for the words above and below them.
-    figure = Figure(figsize=(12, sum(heights) + 1.6), facecolor="white")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 2), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     top, bottom = 1 - 1.05 / figure.get_figheight(), 0.45 / figure.get_figheight()
     grid = GridSpec(
-        len(heights), 12, figure, left=0.02, right=0.98, bottom=bottom, top=top, height_ratios=heights, hspace=0.27
+        len(heights), 12, figure, left=0.02, right=0.98, bottom=bottom, top=top, height_ratios=heights, hspace=0.36
     )
     _headline(figure, explanation)
     picture = displayable(explanation.image)
@@ -99,21 +106,23 @@ def _fgvce(explanation: FGVCEExplanation, truth: Truth | None) -> Figure:
         picture,
         "contribution",
         "What made it say so",
-        f"brighter: more {_short(explanation.predicted_name)}",
+        f"brighter: more {_words(explanation.predicted_name)}",
     )
     _parts(figure.add_subplot(grid[0, 6:9]), explanation, picture)
     _path(figure.add_subplot(_inset(grid[0, 9:12])), explanation)
 
     for number, _ in enumerate(edits):
         row, place = 1 + number // SWAPS_A_ROW, number % SWAPS_A_ROW
-        _swap(figure, grid[row, 4 * place : 4 * place + 4], explanation, picture, number)
+        replaced = _swap(figure, grid[row, 4 * place : 4 * place + 4], explanation, picture, number)
+        if place == 0 and row == swap_rows and _pooled(explanation):
+            _caption(replaced, POOLED, QUIET, line=2, fit=False)
 
     last = len(heights) - 1
     panels = (
-        ("before", "Before the edits", f"counts for {_short(explanation.predicted_name)}"),
-        ("after", "After the edits", f"counts for {_short(explanation.target_name)}"),
-        ("dominant", "Dominant region", "after minus before: what the repair brought"),
-        ("invariant", "Invariant region", "before minus after: what the mistake stood on"),
+        ("before", "Before the edits", f"counts for {_words(explanation.predicted_name)}"),
+        ("after", "After the edits", f"counts for {_words(explanation.target_name)}"),
+        ("dominant", "What the repair brought", "dominant region: after minus before"),
+        ("invariant", "What the mistake stood on", "invariant region: before minus after"),
     )
     for place, (name, title, caption) in enumerate(panels):
         _heat(figure.add_subplot(grid[last, 3 * place : 3 * place + 3]), explanation, picture, name, title, caption)
@@ -123,14 +132,8 @@ def _fgvce(explanation: FGVCEExplanation, truth: Truth | None) -> Figure:
 def _headline(figure: Figure, explanation: FGVCEExplanation) -> None:
     height = figure.get_figheight()
     wrong, right = _words(explanation.predicted_name), _words(explanation.target_name)
-    figure.text(
-        0.02,
-        1 - 0.12 / height,
-        f"The model says {wrong}. It should say {right}.",
-        fontsize=16,
-        fontweight="bold",
-        va="top",
-    )
+    says = f"The model says {wrong}. It should say {right}."
+    _fit(figure.text(0.02, 1 - 0.12 / height, says, fontsize=16, fontweight="bold", va="top"), 0.98)
     cells, count = explanation.grid[0] * explanation.grid[1], len(explanation.edits)
     swapped = f"{count} of the {cells} cells" if count != 1 else f"1 of the {cells} cells"
     if explanation.flipped:
@@ -141,7 +144,7 @@ def _headline(figure: Figure, explanation: FGVCEExplanation) -> None:
         text = f"Even with {swapped} of its feature map replaced by cells of real {right} images, it does not."
     if count > SHOWN_EDITS:
         text += f" The first {SHOWN_EDITS} are shown."
-    figure.text(0.02, 1 - 0.48 / height, text, fontsize=12, color=QUIET, va="top")
+    _fit(figure.text(0.02, 1 - 0.48 / height, text, fontsize=12, color=QUIET, va="top"), 0.98)
     if explanation.source:
         figure.text(0.98, 0.08 / height, short_source(explanation), fontsize=8, color=QUIET, ha="right")
 
@@ -156,8 +159,8 @@ def _where(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float3
         _box(axes, explanation.cell_box(edit.cell), number, picture.shape)
     _title(axes, "The image and the cells replaced", "")
     before = explanation.probabilities_before
-    _caption(axes, f"says {_short(explanation.predicted_name)} ({before.predicted:.0%})", WRONG)
-    _caption(axes, f"is {_short(explanation.target_name)} ({before.target:.0%})", RIGHT, line=1)
+    _caption(axes, f"says {_words(explanation.predicted_name)} ({before.predicted:.0%})", WRONG)
+    _caption(axes, f"is {_words(explanation.target_name)} ({before.target:.0%})", RIGHT, line=1)
 
 
 def _heat(
@@ -179,6 +182,29 @@ def _heat(
         for edit in explanation.edits[:SHOWN_EDITS]:
             _frame(axes, explanation.cell_box(edit.cell), MARK, 1.2)
     _title(axes, title, caption)
+    strength = _difference(explanation, name)
+    if 0 < strength < FAINT:
+        _caption(axes, f"faint: drawn {1 / strength:.0f} times as strong as it is", QUIET, line=1)
+
+
+def _difference(explanation: FGVCEExplanation, name: str) -> float:
+    """How far the map "dominant" or "invariant" reached before it was stretched to 1; 0 for other maps, or unknown."""
+    if name not in ("dominant", "invariant"):
+        return 0.0
+    drawn = explanation.maps[name].double()
+    # Some parities take the class map in place of "after"; the one that gives the map drawn is the one it came from.
+    for reached in ("after", "cam_target"):
+        raw = explanation.maps[reached].double() - explanation.maps["before"].double()
+        raw = (raw if name == "dominant" else -raw).relu()
+        spread = float(raw.amax() - raw.amin())
+        if spread > 0 and torch.allclose((raw - raw.amin()) / spread, drawn, atol=1e-3):
+            return spread
+    return 0.0
+
+
+def _pooled(explanation: Explanation) -> bool:
+    """Whether the head averages over the cells; of every other head a note says how it was scored."""
+    return not any(note.startswith("the head was scored as") for note in explanation.notes)
 
 
 def _parts(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float32]) -> None:
@@ -225,8 +251,11 @@ def _path(axes: Axes, explanation: FGVCEExplanation) -> None:
 
 def _swap(
     figure: Figure, place: SubplotSpec, explanation: FGVCEExplanation, picture: NDArray[np.float32], number: int
-) -> None:
-    """One replacement: the cell in its surroundings, and the reference image with the cell that took its place."""
+) -> Axes:
+    """One replacement: the cell in its surroundings, and the reference image with the cell that took its place.
+
+    Returns the axes of the first.
+    """
     edit = explanation.edits[number]
     inner = place.subgridspec(1, 2, wspace=0.22)
     left, right = figure.add_subplot(inner[0, 0]), figure.add_subplot(inner[0, 1])
@@ -251,10 +280,11 @@ def _swap(
     figure.add_artist(arrow)
     before = float(explanation.logits_path[number].softmax(0)[explanation.target])
     left.set_title(f"{number + 1}. replaced", fontsize=9.5, fontweight="bold", loc="left", pad=4)
-    right.set_title("by one of a real", fontsize=9.5, fontweight="bold", loc="left", pad=4)
-    _caption(right, _short(edit.reference_class), RIGHT)
+    right.set_title("by a real cell of", fontsize=9.5, fontweight="bold", loc="left", pad=4)
+    _caption(right, _words(edit.reference_class), RIGHT)
     _caption(left, f"true class {before:.0%} → {edit.target_probability:.0%}", "black")
     _caption(left, f"cosine of the two cells {edit.similarity:.2f}", QUIET, line=1)
+    return left
 
 
 def _show(axes: Axes, picture: NDArray[np.float32]) -> None:
@@ -304,22 +334,46 @@ def _box(axes: Axes, box: tuple[int, int, int, int], number: int, shape: tuple[i
 
 
 def _title(axes: Axes, title: str, caption: str) -> None:
-    axes.set_title(title, fontsize=10, fontweight="bold", loc="left", pad=5)
+    _fit(axes.set_title(title, fontsize=10, fontweight="bold", loc="left", pad=5), _right_end(axes))
     if caption:
         _caption(axes, caption, QUIET)
 
 
-def _caption(axes: Axes, text: str, colour: str, line: int = 0, size: float = 8.5) -> None:
-    axes.annotate(
+def _caption(axes: Axes, text: str, colour: str, line: int = 0, fit: bool = True) -> None:
+    """A line of text under a panel; with `fit` it ends before the next panel."""
+    written = axes.annotate(
         text,
         (0, 0),
         (0, -4 - 12 * line),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=size,
+        fontsize=8.5,
         color=colour,
         va="top",
     )
+    if fit:
+        _fit(written, _right_end(axes))
+
+
+def _right_end(axes: Axes) -> float:
+    """How far to the right (of the figure, 0 to 1) a text of these axes may go."""
+    # An image that is not square leaves a part of its place empty: the place counts, not the image.
+    return float(axes.get_position(original=True).x1) + GAP / WIDTH
+
+
+def _fit(text: Text, end: float) -> None:
+    """Make a text end at `end` (of the figure's width, 0 to 1): smaller type, and if need be fewer letters."""
+    if text.axes is not None:
+        text.axes.apply_aspect()  # else the text is measured from where the panel stood before it took its shape
+    box, limit = text.get_window_extent(), end * WIDTH * DPI
+    if box.x1 <= limit:
+        return
+    # Hinted letters do not shrink exactly with their size.
+    text.set_fontsize(max(SMALLEST_TYPE, 0.98 * float(text.get_fontsize()) * (limit - box.x0) / box.width))
+    words = text.get_text()
+    while words and text.get_window_extent().x1 > limit:
+        words = words[:-1]
+        text.set_text(words.rstrip() + "…")
 
 
 def _inset(place: SubplotSpec) -> SubplotSpec:
@@ -332,4 +386,4 @@ def _words(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    return textwrap.shorten(_words(name), 26, placeholder="…")
+    return textwrap.shorten(_words(name), 36, placeholder="…")

@@ -10,6 +10,18 @@ from importlib.resources import files
 from pathlib import Path
 
 EMBEDDED_WIDTH = 1100
+MEANINGS = {
+    "image": "the image explained; its name leads to its figure",
+    "is": "the true class, which the network should have named",
+    "asked": "the class asked for: what would have to change for the network to name it?",
+    "taken for": "the class that the network named instead",
+    "flip": "whether the network names the class of the second column once the cells are replaced",
+    "edits": "how many cells of the feature map were replaced, one after the other",
+    "needed": "how many of these replacements are enough; the others can be taken back and the answer stays flipped",
+    "on parts": "the share of the edits that lie on a part in which the two classes really differ",
+    "ms": "milliseconds for the explanation, the network's own forwards apart",
+}
+"""What the columns and totals of a table mean, for a reader who has never heard of the method."""
 
 
 @dataclass
@@ -40,10 +52,14 @@ class Report:
         source = files("finecf.report").joinpath("templates", "report.html").read_text(encoding="utf-8")
         template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
         rows = [(row.values, None if row.figure is None else _embedded(row.figure)) for row in self.rows]
-        text = template.render(report=self, rows=rows)
+        text = template.render(report=self, rows=rows, legend=self._legend())
         path = Path(path)
         path.write_text(text, encoding="utf-8")
         return path
+
+    def _legend(self) -> dict[str, str]:
+        shown = {*self.columns, *self.totals}
+        return {name: meaning for name, meaning in MEANINGS.items() if name in shown}
 
 
 def _embedded(figure: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,79 @@ def test_a_figure_is_drawn_without_touching_matplotlib_s_state(tmp_path: Path) -
         assert any("beak" in text.get_text() for text in graded.findobj(Text))
     assert (dict(matplotlib.rcParams), matplotlib.get_backend()) == before
     assert not plt.get_fignums()
+
+
+def _words(result: finecf.FGVCEExplanation) -> list[str]:
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in plot(result).findobj(Text)]
+
+
+def test_a_figure_says_that_places_do_not_matter_only_where_they_do_not() -> None:
+    for kind in ("linear", "first_linear", "generic"):
+        classifier, bank = setting(kind)
+        x = images(1)
+        (result,) = finecf.FGVCE(classifier, bank).explain(x, other_classes(classifier, bank, x, far=True))
+        assert result.edits
+        assert any("averages over positions" in text for text in _words(result)) == (kind == "linear")
+
+
+def test_a_figure_says_how_much_a_faint_difference_was_stretched() -> None:
+    classifier, bank = setting()
+    x = images(1)
+    (result,) = finecf.FGVCE(classifier, bank).explain(x, other_classes(classifier, bank, x, far=True))
+    drawn = torch.linspace(0, 1, 16).reshape(4, 4)
+    before = torch.full((4, 4), 0.5)
+    for peak, faint in ((0.1, True), (0.4, False)):
+        maps = dict(result.maps) | {"before": before, "after": before + peak * drawn, "dominant": drawn}
+        said = [text for text in _words(replace(result, maps=Maps(maps))) if "faint" in text]
+        assert said == (["faint: drawn 10 times as strong as it is"] if faint else [])
+    # Where the difference drawn is not that of the maps at hand, nothing is claimed.
+    maps = dict(result.maps) | {"before": before, "after": before + 0.1 * drawn, "dominant": drawn.flip(0)}
+    assert not [text for text in _words(replace(result, maps=Maps(maps))) if "faint" in text]
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 12), (12, 32)])
+def test_texts_of_a_figure_do_not_overlap(shape: tuple[int, int]) -> None:
+    classifier, bank = setting()
+    x = images(1)
+    (result,) = finecf.FGVCE(classifier, bank).explain(x, other_classes(classifier, bank, x, far=True))
+    name = "American_Three_toed_Woodpecker_of_the_Northern_Woods"
+    edits = [replace(edit, reference_class=name) for edit in result.edits]
+    image = result.image[:, : shape[0], : shape[1]]
+    result.maps._entries |= {n: result.maps[n][: shape[0], : shape[1]] for n in ("part_labels", "object_mask")}
+    figure = plot(
+        replace(result, image=image, edits=edits, predicted_name=name, target_name=name),
+        truth=Truth(torch.ones(shape, dtype=torch.bool).tril(), "beak"),
+    )
+    figure.canvas.draw()
+    for text in figure.texts:
+        assert text.get_window_extent().x1 <= figure.bbox.width
+    texts = [text for axes in figure.axes for text in [*axes.texts, axes.title, axes._left_title] if text.get_text()]
+    outside = [text for text in texts if not text.axes.bbox.overlaps(text.get_window_extent())]
+    boxes = [text.get_window_extent() for text in outside]
+    assert len(boxes) > 12
+    for i, one in enumerate(boxes):
+        assert one.x1 <= figure.bbox.width
+        for j, other in enumerate(boxes[:i]):
+            across = min(one.x1, other.x1) - max(one.x0, other.x0)
+            down = min(one.y1, other.y1) - max(one.y0, other.y0)
+            # Lines of one paragraph may share the room for letters that hang down.
+            assert across <= 0 or down <= 3, (outside[i].get_text(), outside[j].get_text())
+
+
+def test_a_report_explains_its_columns_and_figures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from finecf.report.html import Report, Row
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "figure.png")
+    report = Report("title", "intro", ["image", "flip"], {"needed": "2.0 on average"})
+    report.rows = [Row(["one", "yes"])]
+    bare = report.write(tmp_path / "bare.html").read_text()
+    assert "once the cells are replaced" in bare
+    assert "are enough" in bare
+    assert "milliseconds" not in bare
+    assert "How to read a figure" not in bare
+    report.rows = [Row(["one", "yes"], tmp_path / "figure.png")]
+    assert "How to read a figure" in report.write(tmp_path / "full.html").read_text()
