@@ -206,11 +206,13 @@ class FGVCE:
             return game, self._contributions(game, classes, method)
 
     def _look(self, x: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features [B,D,H,W] and logits [B,C] of prepared images."""
+        """Features [B,D,H,W] and logits [B,C] of prepared images, in float32 as the bank's rows are."""
         if features is None:
-            return self.classifier.features_and_logits(x)
-        features = features.to(self.classifier.device)
-        return features, self.classifier.logits_from(features)
+            features, logits = self.classifier.features_and_logits(x)
+        else:
+            features = features.to(self.classifier.device)
+            logits = self.classifier.logits_from(features)
+        return features.float(), logits.float()
 
     def _game(self, features: Tensor, logits: Tensor) -> Game:
         """The head as a game of cells, checked against the logits that the head really gave."""
@@ -451,7 +453,7 @@ class FGVCE:
         return torch.stack([nothing if index is None else pool.rows_of(index) for index in found])
 
     def _targets(self, target: int | str | Tensor | Sequence[int | str], count: int) -> list[int]:
-        if isinstance(target, Tensor):
+        if hasattr(target, "tolist"):  # tensors, numpy arrays and numpy numbers
             target = target.tolist()
         names: Iterable[int | str] = [target] * count if isinstance(target, int | str) else target
         indices = [self.classifier.class_index(name) for name in names]

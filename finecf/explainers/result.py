@@ -111,7 +111,7 @@ def cell_box(cell: tuple[int, int], grid: tuple[int, ...], size: tuple[int, ...]
     )
 
 
-@dataclass
+@dataclass(repr=False)
 class Explanation:
     """What all explanations share.
 
@@ -145,6 +145,18 @@ class Explanation:
     versions: dict[str, str]
     notes: list[str]
 
+    def __repr__(self) -> str:
+        """One line: the tensors inside would fill screens."""
+        name = f"{self.source!r}: " if self.source else ""
+        return f"<{type(self).__name__} {name}{self.predicted_name} -> {self.target_name}{self._outcome()}>"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _outcome(self) -> str:
+        """What the one-line form says of the result."""
+        return ""
+
     def upsampled(self, name: str) -> Tensor:
         """A map at image size [H,W]: bilinear (corners not aligned); label maps and masks are at image size already."""
         chosen = self.maps[name]
@@ -177,7 +189,7 @@ class Explanation:
         Raises:
             FileNotFoundError: the folder of `path` does not exist.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         if not path.parent.is_dir():
@@ -185,7 +197,7 @@ class Explanation:
         tensors, fields = self._state()
         header = json.dumps({"format": FORMAT, "kind": self.kind, **fields})
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, path, metadata={"finecf": header})
+        path.write_bytes(save(ready, metadata={"finecf": header}))  # `save_file` would hide the file from others
         return path
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -219,7 +231,7 @@ class Explanation:
         return shared | {"image": tensors["image"], "maps": maps}
 
 
-@dataclass
+@dataclass(repr=False)
 class FGVCEExplanation(Explanation):
     """The result of FG-VCE for one image.
 
@@ -253,6 +265,9 @@ class FGVCEExplanation(Explanation):
     def __post_init__(self) -> None:
         self._parts: list[Part] | None = None
         self._tied_edits: list[int] | None = None
+
+    def _outcome(self) -> str:
+        return f", {'flipped' if self.flipped else 'not flipped'} by {len(self.edits)} edits"
 
     @property
     def parts(self) -> list[Part]:

@@ -327,7 +327,9 @@ class Classifier:
                 self.model, self._head_name, self._head_logits, self._finish, self._tail_of, self._dtype
             )
         with self.eval_mode():
-            fold, self.fold_reason = self._folder.fold(features.detach())
+            # A float64 model is compared in its own precision, whatever the features were kept in.
+            precision = torch.promote_types(features.dtype, self._dtype)
+            fold, self.fold_reason = self._folder.fold(features.detach().to(precision))
         return fold
 
     def cam(self, features: Tensor, class_index: Tensor | int) -> Tensor:

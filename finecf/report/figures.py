@@ -132,7 +132,7 @@ def _fgvce(explanation: FGVCEExplanation, truth: Truth | None) -> Figure:
 def _headline(figure: Figure, explanation: FGVCEExplanation) -> None:
     height = figure.get_figheight()
     wrong, right = _words(explanation.predicted_name), _words(explanation.target_name)
-    says = f"The model says {wrong}. It should say {right}."
+    says = f"The model says {wrong}. What would make it say {right}?"
     _fit(figure.text(0.02, 1 - 0.12 / height, says, fontsize=16, fontweight="bold", va="top"), 0.98)
     cells, count = explanation.grid[0] * explanation.grid[1], len(explanation.edits)
     swapped = f"{count} of the {cells} cells" if count != 1 else f"1 of the {cells} cells"
@@ -160,7 +160,7 @@ def _where(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float3
     _title(axes, "The image and the cells replaced", "")
     before = explanation.probabilities_before
     _caption(axes, f"says {_words(explanation.predicted_name)} ({before.predicted:.0%})", WRONG)
-    _caption(axes, f"is {_words(explanation.target_name)} ({before.target:.0%})", RIGHT, line=1)
+    _caption(axes, f"wanted: {_words(explanation.target_name)} ({before.target:.0%})", RIGHT, line=1)
 
 
 def _heat(
@@ -282,7 +282,7 @@ def _swap(
     left.set_title(f"{number + 1}. replaced", fontsize=9.5, fontweight="bold", loc="left", pad=4)
     right.set_title("by a real cell of", fontsize=9.5, fontweight="bold", loc="left", pad=4)
     _caption(right, _words(edit.reference_class), RIGHT)
-    _caption(left, f"true class {before:.0%} → {edit.target_probability:.0%}", "black")
+    _caption(left, f"wanted class {before:.0%} → {edit.target_probability:.0%}", "black")
     _caption(left, f"cosine of the two cells {edit.similarity:.2f}", QUIET, line=1)
     return left
 

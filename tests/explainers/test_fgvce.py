@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from explainers.nets import CLASSES, GRID, images, network, other_classes, setting, stretch
@@ -386,6 +387,30 @@ def test_features_computed_before_are_used() -> None:
     own = explainer.explain(x, targets)
     for one, other in zip(given, own, strict=True):
         assert [(e.cell, e.candidate_row) for e in one.edits] == [(e.cell, e.candidate_row) for e in other.edits]
+
+
+def test_numbers_of_numpy_are_targets_too() -> None:
+    classifier, bank = setting()
+    x = images(2)
+    labels = np.asarray(other_classes(classifier, bank, x))
+    explainer = finecf.FGVCE(classifier, bank, max_edits=2)
+    wanted = [result.target for result in explainer.explain(x, labels)]
+    assert wanted == labels.tolist()
+    assert explainer.explain(x[0], labels[0])[0].target == wanted[0]
+
+
+def test_a_float64_model_is_folded_and_explained() -> None:
+    net = network("linear").double()
+    classifier = finecf.wrap(net, layer="trunk")
+    x = images(40).double()
+    predicted = net(x).argmax(1)
+    bank = finecf.CandidateBank.from_loader(classifier, [(x, predicted)], keep_images=False)
+    target = other_classes(classifier, bank, x[:1])
+    (result,) = finecf.FGVCE(classifier, bank).explain(x[:1], target)
+    assert classifier.fold_reason.startswith("linear")
+    assert result.flipped
+    logits = classifier.logits_from(edited_map(classifier, bank, x[0], result.edits))
+    assert int(logits.argmax()) == result.target
 
 
 def test_class_names_stand_for_their_indices() -> None:

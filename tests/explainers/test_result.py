@@ -57,6 +57,15 @@ def test_the_summary_says_what_happened(results: list[finecf.FGVCEExplanation]) 
             assert edit.reference_source in text
 
 
+def test_an_explanation_prints_as_its_summary_and_shows_as_one_line(results: list[finecf.FGVCEExplanation]) -> None:
+    result = results[0]
+    assert str(result) == result.summary()
+    assert f"{result.predicted_name} -> {result.target_name}" in repr(result)
+    assert f"by {len(result.edits)} edits" in repr(result)
+    assert len(repr(results)) < 200 * len(results)
+    assert "\n" not in repr(results)
+
+
 def test_probabilities_and_fields_fit_the_path(results: list[finecf.FGVCEExplanation]) -> None:
     for result in results:
         path = result.logits_path.softmax(1)
