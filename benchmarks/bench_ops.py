@@ -11,6 +11,7 @@ part that cannot be left out: the matrix products, or as many exponentials.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import statistics
@@ -58,11 +59,16 @@ def duel(benchmark: Any, name: str, ours: Work, others: dict[str, Work], rounds:
         work()
         work()
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, work in sides.items():
-            start = time.perf_counter()
-            work()
-            times[side].append(1e3 * (time.perf_counter() - start))
+    gc.collect()
+    gc.disable()  # as timeit does: a collection walks all that pytest holds, on whoever's time it falls
+    try:
+        for _ in range(rounds):
+            for side, work in sides.items():
+                start = time.perf_counter()
+                work()
+                times[side].append(1e3 * (time.perf_counter() - start))
+    finally:
+        gc.enable()
     medians = {side: statistics.median(own) for side, own in times.items()}
     parts = [f"{side} {ms:.2f} ms ({ms / medians['finecf']:.2f}x)" for side, ms in medians.items() if side != "finecf"]
     _table.append(f"{name}: finecf {medians['finecf']:.3f} ms; " + ", ".join(parts))
