@@ -21,4 +21,18 @@ STABLE_TORCH_LIBRARY(finecf, m) {
       "Tensor target, Tensor cell_scores, Tensor candidate_range, Tensor? shortlist, int top_cells, int max_edits, "
       "bool reuse_candidates, float weight_sim, float weight_cls) "
       "-> (Tensor cells, Tensor candidates, Tensor losses, Tensor logits, Tensor n_edits, Tensor flipped)");
+
+  // submodular
+  m.def(
+      "submodular_gains(Tensor insertion_logits, Tensor? deletion_logits, Tensor image, Tensor candidate, "
+      "Tensor distance, Tensor running_min, Tensor selected, Tensor target, Tensor weights, str confidence, "
+      "Tensor? consistency, Tensor? collaboration, bool largest) -> (Tensor scores, Tensor total, Tensor best)");
+
+  // regions
+  m.def(
+      "compose_regions(Tensor images, Tensor labels, Tensor image, Tensor keep, Tensor baseline, bool complement, "
+      "bool channels_last) -> Tensor");
+  m.def(
+      "rank_masks(Tensor images, Tensor rank, Tensor image, Tensor threshold, Tensor baseline, bool insert) "
+      "-> Tensor");
 }

@@ -30,6 +30,9 @@ OPERATORS: Final = (
     "nearest_candidates",
     "best_replacement",
     "replace_until_flip",
+    "submodular_gains",
+    "compose_regions",
+    "rank_masks",
 )
 
 _CUDA_MARKER: Final = b"finecf_cuda_version="

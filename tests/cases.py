@@ -148,3 +148,52 @@ def rounding(arguments: dict[str, Any], *more: Tensor) -> float:
     parts = [arguments["cell_logits"], arguments["candidate_logits"], *more]
     size = max(float(part.abs().max()) for part in parts if part.numel())
     return 32 * torch.finfo(arguments["cell_logits"].dtype).eps * max(1.0, size)
+
+
+def gains(
+    rows: int = 23,
+    images: int = 3,
+    regions: int = 7,
+    classes: int = 5,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of `submodular_gains`: the last image has no row, the one before it no selected region."""
+    rng = generator(seed)
+    distance = torch.rand(images, regions, regions, generator=rng, dtype=torch.float64)
+    selected = torch.rand(images, regions, generator=rng) > 0.5
+    selected[max(images - 2, 0)] = False
+    distance = distance + distance.mT
+    others = distance.masked_fill(~selected[:, None] | torch.eye(regions, dtype=torch.bool), torch.inf)
+    return {
+        "insertion_logits": normal(rng, rows, classes, scale=3, dtype=dtype),
+        "deletion_logits": normal(rng, rows, classes, dtype=dtype),
+        "image": integers(rng, max(images - 1, 1), rows),
+        "candidate": integers(rng, regions, rows),
+        "distance": distance.to(DEVICE),
+        "running_min": others.amin(2).to(DEVICE),
+        "selected": selected.to(DEVICE),
+        "target": integers(rng, classes, images),
+        "weights": torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64).to(DEVICE),
+    }
+
+
+def composition(
+    outputs: int = 5,
+    images: int = 2,
+    channels: int = 3,
+    height: int = 9,
+    width: int = 7,
+    regions: int = 6,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of `compose_regions`."""
+    rng = generator(seed)
+    return {
+        "images": normal(rng, images, channels, height, width, scale=50).to(dtype),
+        "labels": integers(rng, regions, images, height, width).to(torch.int32),
+        "image": integers(rng, images, outputs),
+        "keep": integers(rng, 2, outputs, regions).bool(),
+        "baseline": normal(rng, images, channels, height, width, scale=50).to(dtype),
+    }

@@ -10,6 +10,7 @@
 
 #include "../replacement/replacement_cpu_kernel.h"
 #include "../shapley/shapley_cpu_kernel.h"
+#include "../submodular/submodular_cpu_kernel.h"
 
 namespace finecf {
 namespace FINECF_ISA_NS {
@@ -31,7 +32,9 @@ static constexpr Kernels<T> kernels() {
           pack_panel<T>,
           pack_factors<T>,
           scan_panel<T>,
-          exact_losses<T>};
+          exact_losses<T>,
+          submodular_probability<T>,
+          submodular_confidence<T>};
 }
 
 extern const KernelTable table;

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../shapley/shapley.h"
+#include "../submodular/submodular.h"
 
 namespace finecf {
 
@@ -91,6 +92,10 @@ struct Kernels {
                     T* factors, T* row_max, T* scratch);
   void (*scan_panel)(const ScanArgs<T>&, const T* panel, int64_t panel_index, double* best, PairList* pairs);
   void (*exact_losses)(const ExactArgs<T>&, const int64_t* cells, Pair* pairs, int64_t count, double* scratch);
+
+  double (*submodular_probability)(const T* logits, int64_t classes, int64_t width, int64_t target, double* scratch);
+  double (*submodular_confidence)(const T* logits, int64_t classes, int64_t width, int64_t target,
+                                  Confidence confidence, double log_classes, double* scratch, double* score);
 };
 
 struct KernelTable {

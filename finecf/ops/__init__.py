@@ -4,6 +4,7 @@ float32 and float64 on the CPU, where half precision is raised to float32; float
 float32) on CUDA, where float64 runs in plain torch. Tensors may have any strides. No operator is differentiable.
 """
 
+from finecf.ops.regions import compose_regions, rank_masks
 from finecf.ops.replacement import (
     Nearest,
     Replacement,
@@ -19,17 +20,22 @@ from finecf.ops.shapley import (
     permutation_shapley,
     permutation_shapley_tiles,
 )
+from finecf.ops.submodular import Gains, submodular_gains
 
 __all__ = [
+    "Gains",
     "Nearest",
     "PermutationShapley",
     "Replacement",
     "Replacements",
     "ShapleyState",
     "best_replacement",
+    "compose_regions",
     "masked_class_scores",
     "nearest_candidates",
     "permutation_shapley",
     "permutation_shapley_tiles",
+    "rank_masks",
     "replace_until_flip",
+    "submodular_gains",
 ]

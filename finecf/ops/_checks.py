@@ -67,18 +67,33 @@ class Arguments:
             )
         return value
 
+    def pixels(self, name: str, value: Tensor, axes: str, like: Tensor | None = None) -> Tensor:
+        """A tensor that is only copied: of any dtype, that of `like` where given."""
+        self._tensor(name, value, axes)
+        if value.requires_grad:
+            self.refuse(f"{name} requires grad, but no gradient flows through this operator; use {name}.detach()")
+        if like is not None and value.dtype != like.dtype:
+            raise TypeError(
+                f"finecf.ops.{self.operator}: {name} must be {like.dtype} like the images, got {value.dtype}; "
+                f"use {name}.to(images.dtype)"
+            )
+        return value
+
+    def below(self, name: str, value: Tensor, axis: str, what: str, advice: str = "check what made it") -> Tensor:
+        """Demand values in [0, size of `axis`)."""
+        size = self.sizes[axis]
+        if values_visible() and value.numel():
+            low, high = (int(bound) for bound in torch.aminmax(value))
+            if low < 0 or high >= size:
+                self.refuse(
+                    f"{name} must lie in 0..{size - 1} ({size} {what}), got {low if low < 0 else high}; {advice}"
+                )
+        return value
+
     def target(self, value: Tensor) -> Tensor:
         """The class of each image, int64 [B] in [0, C)."""
         value = self.integer("target", value, "B")
-        classes = self.sizes["C"]
-        if values_visible() and value.numel():
-            low, high = (int(bound) for bound in torch.aminmax(value))
-            if low < 0 or high >= classes:
-                self.refuse(
-                    f"target must lie in 0..{classes - 1} ({classes} classes), got {low if low < 0 else high}; "
-                    "pass the index of the class's column in the logits"
-                )
-        return value
+        return self.below("target", value, "C", "classes", "pass the index of the class's column in the logits")
 
     def candidate_range(self, value: Tensor) -> Tensor:
         """The bank rows of each image, int64 [B,2]: first and past-the-last, 0 <= first <= last <= N."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from finecf import _native
+
+COPIES: Final = frozenset({"compose_regions", "rank_masks"})
+"""Operators that only copy elements: their kernels take every dtype."""
 
 _Fake = TypeVar("_Fake", bound=Callable[..., Any])
 
@@ -19,7 +22,8 @@ def run(name: str, twin: Callable[..., Any], *arguments: Any) -> Any:
     Autocast is off inside, and float32 matrix products on CUDA keep float32 precision whatever the global switch says.
     """
     first: Tensor = arguments[0]
-    kernel = getattr(torch.ops.finecf, name) if _has_kernel(first.device, first.dtype) else twin
+    compiled = _native.has_native(first.device.type) if name in COPIES else _has_kernel(first.device, first.dtype)
+    kernel = getattr(torch.ops.finecf, name) if compiled else twin
     with torch.autocast(first.device.type, enabled=False):
         if first.device.type != "cuda" or torch.compiler.is_compiling():
             return kernel(*arguments)

@@ -59,6 +59,35 @@ def replace_until_flip() -> list[tuple[Any, ...]]:
     return [(*arguments, None, 7, 3, False, 1.0, 1.0), (*arguments, shortlist, 2, 0, True, 1.0, 1.0)]
 
 
+@sample_inputs
+def submodular_gains() -> list[tuple[Any, ...]]:
+    inputs = cases.gains()
+    first = [inputs[name] for name in ("insertion_logits", "deletion_logits", "image", "candidate")]
+    rest = [inputs[name] for name in ("distance", "running_min", "selected", "target", "weights")]
+    given = inputs["distance"][0, 0, 0].expand(len(inputs["image"])).clone()
+    return [
+        (*first, *rest, "entropy", None, None, True),
+        (first[0], None, *first[2:], *rest, "evidential", given, given, False),
+    ]
+
+
+@sample_inputs
+def compose_regions() -> list[tuple[Any, ...]]:
+    images, labels, image, keep, baseline = cases.composition().values()
+    return [
+        (images, labels, image, keep, baseline, True, False),
+        (images, labels, image, keep, baseline[0, :, 0, 0].clone(), False, False),
+        (images, labels, image, keep, baseline, True, True),
+    ]
+
+
+@sample_inputs
+def rank_masks() -> list[tuple[Any, ...]]:
+    images, labels, image, _, baseline = cases.composition().values()
+    threshold = torch.arange(len(image), dtype=torch.int32, device=cases.DEVICE)
+    return [(images, labels, image, threshold, baseline, insert) for insert in (True, False)]
+
+
 def test_every_operator_has_samples() -> None:
     assert set(SAMPLES) == set(_native.OPERATORS)
 
