@@ -42,6 +42,9 @@ FINECF_DEVICE int64_t key_row(Key key) { return 0xffffffffu - static_cast<unsign
 constexpr int kMostSelected = 2048;
 constexpr int kSelectThreads = 256;
 
+// Rounding may take the cosine of a row with itself past 1.
+FINECF_DEVICE float unit_range(float cosine) { return fminf(1.0f, fmaxf(-1.0f, cosine)); }
+
 // A warp per row: 1 / |row|, and 0 for a zero row, whose cosines are 0.
 template <typename T>
 __global__ void __launch_bounds__(256) inverse_norms(const T* __restrict__ rows,  // [R, D]
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(128)
     const int64_t q = i / rows, n = first + i % rows;
     float dot = 0.0f;
     for (int64_t d = 0; d < width; ++d) dot = fmaf(to_float(query[q * width + d]), to_float(bank[n * width + d]), dot);
-    cosines[i] = dot * query_scale[q] * bank_scale[n];
+    cosines[i] = unit_range(dot * query_scale[q] * bank_scale[n]);
   }
 }
 
@@ -107,7 +110,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t n = first_row + tile_column() + j;
-        if (q < queries && n < rows) cosines[q * rows + n] = dots[i][j] * query_scale[q] * bank_scale[first + n];
+        if (q < queries && n < rows)
+          cosines[q * rows + n] = unit_range(dots[i][j] * query_scale[q] * bank_scale[first + n]);
       }
     }
   }

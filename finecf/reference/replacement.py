@@ -51,7 +51,7 @@ def nearest_candidates(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     directions = _unit(bank)
     rows = max(1, _CHUNK // bank.shape[0])
     for first in range(0, query.shape[0], rows):
-        block = _unit(query[first : first + rows]) @ directions.T
+        block = (_unit(query[first : first + rows]) @ directions.T).clamp_(-1, 1)  # rounding may pass 1
         kth = block.topk(k, dim=1).values[:, -1:]
         for row, scores in enumerate(block, start=first):
             # topk leaves open which of equal values it takes, so take all from the k-th value up, in index order.
