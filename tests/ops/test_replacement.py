@@ -130,6 +130,11 @@ def check_nearest(query: Tensor, bank: Tensor, k: int, result: ops.Nearest) -> N
     assert all(len(set(row)) == k for row in result.index.tolist())
 
 
+def test_a_row_is_never_nearer_to_itself_than_one() -> None:
+    rows = cases.normal(cases.generator(3), 200, 2048).abs().bfloat16()
+    assert float(ops.nearest_candidates(rows, rows, 1).cosine.max()) <= 1
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("cells", "channels", "rows"),
@@ -139,11 +144,6 @@ def check_nearest(query: Tensor, bank: Tensor, k: int, result: ops.Nearest) -> N
         *[(7, 33, rows) for rows in (1, 47, 48, 49, 96, 3000, 4097)],
     ],
 )
-def test_a_row_is_never_nearer_to_itself_than_one() -> None:
-    rows = cases.normal(cases.generator(3), 200, 2048).abs().bfloat16()
-    assert float(ops.nearest_candidates(rows, rows, 1).cosine.max()) <= 1
-
-
 def test_nearest_are_the_nearest(cells: int, channels: int, rows: int, dtype: torch.dtype) -> None:
     rng = cases.generator(0)
     query = cases.normal(rng, cells, channels, dtype=dtype)
