@@ -13,8 +13,8 @@ from finecf._native import build_info
 from finecf._version import __version__
 
 if TYPE_CHECKING:
-    from finecf import data, explainers, metrics, models, ops, reference, report, training
-    from finecf.explainers import FGVCE, FGVCEExplanation, load
+    from finecf import data, explainers, metrics, models, ops, reference, regions, report, training
+    from finecf.explainers import FGVCE, SMDL, FGVCEExplanation, SMDLExplanation, load
     from finecf.models import CandidateBank, Classifier, HeadFold, wrap
 
 # Public name -> module that defines it; a name that is itself a module maps to None.
@@ -24,6 +24,8 @@ _PUBLIC: dict[str, str | None] = {
     "FGVCE": "finecf.explainers",
     "FGVCEExplanation": "finecf.explainers",
     "HeadFold": "finecf.models",
+    "SMDL": "finecf.explainers",
+    "SMDLExplanation": "finecf.explainers",
     "data": None,
     "explainers": None,
     "load": "finecf.explainers",
@@ -31,6 +33,7 @@ _PUBLIC: dict[str, str | None] = {
     "models": None,
     "ops": None,
     "reference": None,
+    "regions": None,
     "report": None,
     "training": None,
     "wrap": "finecf.models",
@@ -38,10 +41,12 @@ _PUBLIC: dict[str, str | None] = {
 
 __all__ = [
     "FGVCE",
+    "SMDL",
     "CandidateBank",
     "Classifier",
     "FGVCEExplanation",
     "HeadFold",
+    "SMDLExplanation",
     "__version__",
     "build_info",
     "data",
@@ -51,6 +56,7 @@ __all__ = [
     "models",
     "ops",
     "reference",
+    "regions",
     "report",
     "training",
     "wrap",

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from finecf import _native
 from finecf.explainers import _contributions, _partition, _search
 from finecf.explainers._contributions import Contributions, minmax
 from finecf.explainers._games import Game, Head, LinearGame, play
 from finecf.explainers._memory import budget_for
 from finecf.explainers._pool import Pool, PoolCache
 from finecf.explainers._search import Rules, Trace
+from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
 from finecf.explainers.result import Edit, FGVCEExplanation, Maps, Part, Probabilities, upsample
 from finecf.models import CandidateBank, Classifier, HeadFold
 
@@ -106,13 +105,13 @@ class FGVCE:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
-        chosen = PRESETS[_one_of("preset", preset, tuple(PRESETS))]
+        chosen = PRESETS[one_of("preset", preset, tuple(PRESETS))]
         self.classifier = classifier
         self.bank = bank
         self.preset = preset
-        self.contribution = _one_of("contribution", contribution, _contributions.METHODS)
-        self.contribution_class = _one_of("contribution_class", contribution_class, ("predicted", "true"))
-        self.value = _one_of("value", value, ("prob", "log_prob", "log_odds", "logit"))
+        self.contribution = one_of("contribution", contribution, _contributions.METHODS)
+        self.contribution_class = one_of("contribution_class", contribution_class, ("predicted", "true"))
+        self.value = one_of("value", value, ("prob", "log_prob", "log_odds", "logit"))
         self.sigma = _positive("sigma", sigma)
         self.rules = Rules(
             top_cells=_count("top_cells", top_cells, chosen["top_cells"]),
@@ -127,20 +126,20 @@ class FGVCE:
         self.minimal = minimal
         self.permutations = _positive("permutations", permutations)
         self.tolerance = tolerance
-        self.parity = frozenset(_one_of("parity", name, PARITY) for name in parity)
+        self.parity = frozenset(one_of("parity", name, PARITY) for name in parity)
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
         self.progress = progress
         self.candidate_classes: str | list[int] = "target"
         if isinstance(candidate_classes, str):
-            self.candidate_classes = _one_of("candidate_classes", candidate_classes, ("target", "all"))
+            self.candidate_classes = one_of("candidate_classes", candidate_classes, ("target", "all"))
         else:
             self.candidate_classes = [classifier.class_index(name) for name in candidate_classes]
         bank.check(classifier)
         self._pools = PoolCache(bank, self.budget // 2)
         self._folds: dict[tuple[object, ...], HeadFold | None] = {}
         self._places: dict[str, int] | None = None
-        self._versions = _versions()
+        self._versions = versions() | {"micro_batch": str(MICRO_BATCH)}
 
     def explain(
         self,
@@ -166,19 +165,19 @@ class FGVCE:
                 with, or images or features are not finite or of the wrong shape.
         """
         x = self.classifier.prepare(images)
-        originals = _originals(images, x)
-        targets = self._targets(target, len(x))
+        shown = originals(images, x)
+        targets = class_indices(self.classifier, target, len(x))
         if sources is not None and len(sources) != len(x):
             raise ValueError(f"sources must name each of the {len(x)} images, got {len(sources)} names")
         if features is not None and (features.ndim != 4 or len(features) != len(x)):
             raise ValueError(f"features must be [{len(x)},D,H,W] for these images, got {list(features.shape)}")
         names: list[str | None] = [None] * len(x) if sources is None else list(sources)
         done: list[FGVCEExplanation] = []
-        with _plain(self.classifier.device), _bar(self.progress, len(x)) as advance:
+        with plain(self.classifier.device), progress_bar(self.progress, len(x)) as advance:
             for start in range(0, len(x), MICRO_BATCH):
                 own = slice(start, start + MICRO_BATCH)
                 given = None if features is None else features[own]
-                done += self._explain(originals[own], *self._look(x[own], given), targets[own], names[own])
+                done += self._explain(shown[own], *self._look(x[own], given), targets[own], names[own])
                 advance(len(x[own]))
         return done
 
@@ -197,12 +196,12 @@ class FGVCE:
 
     def _contribute(self, images: Tensor, target: int | str | None, method: str | None) -> tuple[Game, Contributions]:
         x = self.classifier.prepare(images)
-        with _plain(self.classifier.device):
+        with plain(self.classifier.device):
             game = self._game(*self._look(x))
             if target is None:
                 classes = game.logits.argmax(1)
             else:
-                classes = torch.tensor(self._targets(target, len(x)), device=game.logits.device)
+                classes = torch.tensor(class_indices(self.classifier, target, len(x)), device=game.logits.device)
             return game, self._contributions(game, classes, method)
 
     def _look(self, x: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -280,7 +279,7 @@ class FGVCE:
         ]
 
     def _contributions(self, game: Game, classes: Tensor, method: str | None = None) -> Contributions:
-        method = _one_of("method", method or self.contribution, _contributions.METHODS)
+        method = one_of("method", method or self.contribution, _contributions.METHODS)
         if method == "gaussian":
             return _contributions.gaussian(game, classes, self.value, self.sigma)
         if method == "exact":
@@ -452,15 +451,6 @@ class FGVCE:
         nothing = torch.zeros(pool.size, dtype=torch.bool, device=pool.device)
         return torch.stack([nothing if index is None else pool.rows_of(index) for index in found])
 
-    def _targets(self, target: int | str | Tensor | Sequence[int | str], count: int) -> list[int]:
-        if hasattr(target, "tolist"):  # tensors, numpy arrays and numpy numbers
-            target = target.tolist()
-        names: Iterable[int | str] = [target] * count if isinstance(target, int | str) else target
-        indices = [self.classifier.class_index(name) for name in names]
-        if len(indices) != count:
-            raise ValueError(f"target must be one class, or one for each of the {count} images; got {len(indices)}")
-        return indices
-
     def _check_targets(self, predicted: Tensor, target: Tensor) -> None:
         same = (predicted == target).nonzero()[:, 0].tolist()
         if same:
@@ -504,49 +494,6 @@ def _apply(game: Game, pool: Pool, traces: list[Trace]) -> Game:
     )
 
 
-def _originals(images: object, prepared: Tensor) -> Tensor:
-    """The images as they were given, where that is a batch of tensors; else as the model takes them."""
-    if isinstance(images, Tensor) and images.ndim in (3, 4):
-        return images if images.ndim == 4 else images[None]
-    return prepared
-
-
-def _versions() -> dict[str, str]:
-    info = _native.build_info()
-    return {
-        "finecf": info["finecf"],
-        "torch": info["torch"],
-        "backend": info["backend"],
-        "cpu_isa": str(info["cpu"].get("isa")),
-        "micro_batch": str(MICRO_BATCH),
-    }
-
-
-@contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
-    """No gradients, and full precision whatever autocast says."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar's `update`; nothing is shown where progress is not asked for."""
-    if not progress:
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="explaining", unit="image") as bar:
-        yield bar.update
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-    return value
-
-
 def _positive(name: str, value: float) -> Any:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive number, got {value}")
@@ -570,6 +517,6 @@ def _weight(name: str, value: float) -> float:
 
 def _weight_sim(value: float | str) -> float | None:
     if isinstance(value, str):
-        _one_of("weight_sim", value, ("balanced",))
+        one_of("weight_sim", value, ("balanced",))
         return None
     return _weight("weight_sim", value)

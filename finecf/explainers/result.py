@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -351,6 +352,99 @@ class FGVCEExplanation(Explanation):
         return cls(**arguments)
 
 
+@dataclass(repr=False)
+class SMDLExplanation(Explanation):
+    """The result of SMDL for one image: its regions in the order of what they contribute to the target class.
+
+    Maps at image size: "regions" (int32 labels 0..m-1) and "saliency" (float64 in [0,1], falling in the order).
+    `probabilities_after` are those of the image that shows only the best prefix.
+
+    Attributes:
+        search: "greedy", "bidirectional", "window" or "lazy".
+        weights: of the terms, by name.
+        order: regions, first the one that matters most; all of them unless the search was told to stop.
+        scores: float64 [k,4]: confidence, effectiveness, consistency and collaboration of each prefix of the order.
+        total: float64 [k]: their weighted sum, F.
+        empty_score: F of no region.
+        insertion: float64 [k+1]: p(target) with the first 0..k regions kept.
+        deletion: float64 [k+1]: p(target) with the first 0..k regions removed.
+        best_prefix: number of regions at which F is largest, the first of equal ones.
+        sufficient_prefix: the least number of first regions that alone are classified as the target; None: none.
+        region_count, regions_asked: m, and how many were asked for.
+        tied_steps: steps (from 1) at which another region was as good within the noise.
+        noise: how far a score moves when an image goes through the model in another company.
+        violation_rate: share of repeated gains that had grown, against diminishing returns; None: none was repeated.
+        guarantee: what can be said of the order, in a sentence.
+    """
+
+    kind: ClassVar[str] = "smdl"
+
+    search: str
+    weights: dict[str, float]
+    order: list[int]
+    scores: Tensor
+    total: Tensor
+    empty_score: float
+    insertion: Tensor
+    deletion: Tensor
+    best_prefix: int
+    sufficient_prefix: int | None
+    region_count: int
+    regions_asked: int
+    tied_steps: list[int]
+    noise: float
+    violation_rate: float | None
+    guarantee: str
+
+    def _outcome(self) -> str:
+        return f", {self.best_prefix} of {self.region_count} regions reach the best score"
+
+    def shown(self, regions: int | None = None) -> Tensor:
+        """Bool [H,W]: the pixels of the first `regions` regions of the order; None: of the best prefix."""
+        count = self.best_prefix if regions is None else regions
+        chosen = torch.zeros(self.region_count, dtype=torch.bool)
+        chosen[self.order[:count]] = True
+        return chosen[self.maps["regions"].long()]
+
+    def area(self, regions: int | None = None) -> float:
+        """Share of the image that the first `regions` regions cover, in [0,1]."""
+        return float(self.shown(regions).double().mean())
+
+    def _summary_lines(self) -> list[str]:
+        head, probabilities, *notes = super()._summary_lines()
+        enough = (
+            "no prefix of the order is classified as the target"
+            if self.sufficient_prefix is None
+            else f"the first {self.sufficient_prefix} ({self.area(self.sufficient_prefix):.0%} of the area) "
+            "are classified as the target"
+        )
+        lines = [
+            head,
+            f"{probabilities} (the best prefix alone)",
+            f"  {len(self.order)} of {self.region_count} regions ranked; the first {self.best_prefix} "
+            f"({self.area():.0%} of the area) have the best score, {float(self.total[self.best_prefix - 1]):.3f}",
+            f"  {enough}",
+            f"  {self.evaluations} images through the model; {self.search}: {self.guarantee}",
+        ]
+        return lines + notes
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, fields = super()._state()
+        plain = [name for name in SMDLExplanation.__dataclass_fields__ if name not in Explanation.__dataclass_fields__]
+        for name in plain:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                fields[name] = value
+        return tensors, fields
+
+    @classmethod
+    def _from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> SMDLExplanation:
+        arguments = cls._arguments(tensors, fields)
+        return cls(**arguments | {name: tensors[name] for name in ("scores", "total", "insertion", "deletion")})
+
+
 def upsample(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Bilinear enlargement of [H,W] or [B,H,W] maps, corners not aligned (the rule of torch and OpenCV)."""
     batched = maps if maps.ndim == 3 else maps[None]
@@ -377,7 +471,7 @@ def load(path: str | Path) -> Explanation:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}); save the explanation again") from error
     fields = json.loads(header) if header else {}
-    kinds = {cls.kind: cls for cls in (FGVCEExplanation,)}
+    kinds = {cls.kind: cls for cls in (FGVCEExplanation, SMDLExplanation)}
     if fields.get("kind") not in kinds:
         raise ValueError(f"{path} holds no explanation; expected a file that Explanation.save wrote")
     if fields.pop("format") > FORMAT:

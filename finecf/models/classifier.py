@@ -137,6 +137,11 @@ class Classifier:
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model's parameters are kept in; float32 where it has none."""
+        return self._dtype
+
     def class_index(self, name_or_index: str | int) -> int:
         """The class's index, from its name or index; a ValueError names the classes there are."""
         if isinstance(name_or_index, str):
@@ -247,7 +252,7 @@ class Classifier:
         with self.eval_mode():
             handle = self.model.get_submodule(self.layer_name).register_forward_hook(keep)
             try:
-                logits = self._logits_of(self._forward(x))
+                logits = self.logits_of(self._forward(x))
             finally:
                 handle.remove()
             if len(outputs) != 1:
@@ -255,7 +260,7 @@ class Classifier:
                     f"layer {self.layer_name!r} was called {len(outputs)} times in one forward; "
                     "expected once: name another layer"
                 )
-            features = self._map_of(outputs[0])
+            features = self.map_of(outputs[0])
             self._check_finite(features, logits)
             self._learn(x, features, logits)
         return features, logits
@@ -268,7 +273,7 @@ class Classifier:
         """The logits [B,C] of images [B,Ch,H,W]."""
         x = self._check_images(x)
         with self.eval_mode():
-            logits = self._logits_of(self._forward(x))
+            logits = self.logits_of(self._forward(x))
         if not all_finite(logits):
             raise ValueError("the model gives NaN or inf logits for these images")
         return logits
@@ -399,7 +404,8 @@ class Classifier:
                 ) from error
             raise
 
-    def _logits_of(self, output: object) -> Tensor:
+    def logits_of(self, output: object) -> Tensor:
+        """The logits [B,C] in what the model gave, checked; half precision becomes float32."""
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor):
             raise TypeError(
@@ -416,7 +422,8 @@ class Classifier:
             )
         return self._raise_half(logits)
 
-    def _map_of(self, output: object) -> Tensor:
+    def map_of(self, output: object) -> Tensor:
+        """The map [B,D,H,W] in what the wrapped layer gave; half precision becomes float32."""
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"layer {self.layer_name!r} gives a {type(output).__name__}; expected one tensor [B,D,H,W]: "
@@ -430,7 +437,7 @@ class Classifier:
         if features.dim() != 4:
             raise ValueError(f"features has shape {list(features.shape)}; expected [B,D,H,W]")
         if self._head_function is not None:
-            return self._logits_of(self._head_function(features))
+            return self.logits_of(self._head_function(features))
         output = features.to(self._dtype)
         if self._layout is not None:
             output = self._layout.from_map(output)
@@ -443,11 +450,11 @@ class Classifier:
                     f"{list(features.shape[1:])}: call features(x) first"
                 )
             image = torch.zeros(1, device=features.device, dtype=self._dtype).expand(features.shape[0], *shape)
-        return self._logits_of(self._tail(output, image))
+        return self.logits_of(self._tail(output, image))
 
     def _finish(self, layer: str, output: Tensor) -> Tensor:
         with self.eval_mode():
-            return self._logits_of(self._tail_of(layer)(output.to(self._dtype), None))
+            return self.logits_of(self._tail_of(layer)(output.to(self._dtype), None))
 
     def _learn(self, x: Tensor, features: Tensor, logits: Tensor) -> None:
         """Remember the image's shape and, for a new one, check the head against the real forward."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
 import finecf
+
+DEVICE = torch.device(os.environ.get("FINECF_TEST_DEVICE", "cpu"))
+"""Where networks and images are: `make gpu-check` sets it to "cuda"."""
 
 CLASSES = 5
 WIDTH = 12
@@ -48,16 +53,16 @@ def network(kind: str = "linear", seed: int = 0) -> SmallNet:
         for parameter in net.parameters():
             parameter.mul_(2.0 if parameter.ndim > 1 else 0.1)
         # Every class is predicted for some images: logits of zero mean and a spread of one over a sample of them.
-        logits = net(images(200, seed=3))
+        logits = net(images(200, seed=3).cpu())
         net.fc.weight.mul_(1 / logits.std(0, keepdim=True).T)
         net.fc.bias.copy_((net.fc.bias - logits.mean(0)) / logits.std(0))
-    return net.eval()
+    return net.eval().to(DEVICE)
 
 
 def images(count: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
-    return nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 1)
+    return nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 1).to(DEVICE)
 
 
 def setting(kind: str = "linear", references: int = 60) -> tuple[finecf.Classifier, finecf.CandidateBank]:

@@ -1,0 +1,67 @@
+"""What the explainers share: how arguments are read, and what surrounds the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from finecf import _native
+from finecf.models import Classifier
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    return value
+
+
+def class_indices(classifier: Classifier, target: int | str | Tensor | Sequence[int | str], count: int) -> list[int]:
+    """The class index of each of `count` images, from one class for all or one for each, by index or name."""
+    if hasattr(target, "tolist"):  # tensors, numpy arrays and numpy numbers
+        target = target.tolist()
+    names: Iterable[int | str] = [target] * count if isinstance(target, int | str) else target
+    indices = [classifier.class_index(name) for name in names]
+    if len(indices) != count:
+        raise ValueError(f"target must be one class, or one for each of the {count} images; got {len(indices)}")
+    return indices
+
+
+def originals(images: object, prepared: Tensor) -> Tensor:
+    """The images as they were given, where that is a batch of tensors; else as the model takes them."""
+    if isinstance(images, Tensor) and images.ndim in (3, 4):
+        return images if images.ndim == 4 else images[None]
+    return prepared
+
+
+def versions() -> dict[str, str]:
+    """The library versions and the backend that numbers depend on."""
+    info = _native.build_info()
+    return {
+        "finecf": info["finecf"],
+        "torch": info["torch"],
+        "backend": info["backend"],
+        "cpu_isa": str(info["cpu"].get("isa")),
+    }
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """No gradients, and full precision whatever autocast says."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def progress_bar(progress: bool | None, total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar's `update`; nothing is shown where progress is not asked for."""
+    if not progress:
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="explaining", unit="image") as bar:
+        yield bar.update

@@ -1,0 +1,328 @@
+"""The searches of SMDL: in which order regions join the set.
+
+A search is a generator for one image. It asks for the scores of some candidates, each added to a set of regions, and is
+sent the answer; `_evaluation.py` runs the searches of many images side by side and puts their questions into common
+batches. Nothing here touches an image or a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+PENDING: Final = 8
+"""Candidates that the back end of the bidirectional search scores exactly (LiMA's p)."""
+
+NOISE_FACTOR: Final = 10
+"""Two scores closer than this many times the noise of the model's forward are a tie."""
+
+
+class Chosen:
+    """A growing set of one image's regions, and the least distance of every region to another one in it."""
+
+    def __init__(self, distance: Tensor) -> None:
+        """`distance`: float64 [m,m] on the CPU, between the features of single regions."""
+        self.distance = distance
+        self.selected = torch.zeros(len(distance), dtype=torch.bool)
+        self.nearest = torch.full((len(distance),), math.inf, dtype=torch.float64)
+        self.size = 0
+
+    def add(self, region: int) -> None:
+        """Put a region into the set."""
+        column = self.distance[:, region].clone()
+        column[region] = math.inf
+        self.nearest = torch.minimum(self.nearest, column)
+        self.selected[region] = True
+        self.size += 1
+
+    def effectiveness(self, candidates: Sequence[int]) -> Tensor:
+        """The effectiveness term of the set with each candidate added, float64 [r]."""
+        columns = torch.as_tensor(candidates)
+        if self.size == 0:
+            return torch.zeros(len(columns), dtype=torch.float64)
+        closer = torch.minimum(self.nearest[:, None], self.distance[:, columns])
+        return closer[self.selected].sum(0) + self.nearest[columns]
+
+
+class Ask(NamedTuple):
+    """What do these candidates (ascending) score, each added to this set?"""
+
+    chosen: Chosen
+    candidates: list[int]
+
+
+class Answer(NamedTuple):
+    """The scores of the candidates asked about; one row each."""
+
+    candidates: list[int]
+    scores: Tensor
+    """float64 [r,4]: the terms in the order of `finecf.ops.submodular.TERMS`."""
+    total: Tensor
+    """float64 [r]."""
+    curves: Tensor
+    """float64 [r,3]: p(target) with the regions kept, p(target) with them removed (NaN where it was not computed), and
+    p(predicted) with them kept."""
+    reached: list[bool]
+    """Whether the kept regions alone are classified as the target."""
+
+    def best(self, largest: bool = True) -> int:
+        """Position of the largest (smallest) total, the first of equal ones."""
+        return int((self.total if largest else -self.total).argmax())
+
+
+class Step(NamedTuple):
+    """The set after one more region."""
+
+    scores: tuple[float, ...]
+    total: float
+    kept: float
+    removed: float
+    kept_predicted: float
+    reached: bool
+
+
+@dataclass
+class Problem:
+    """What a search needs to know of one image."""
+
+    distance: Tensor
+    weights: Tensor
+    sizes: list[int]
+    empty_score: float
+    noise: float
+    max_regions: int
+    max_area: float = 1.0
+    stop_score: float = math.inf
+
+    @property
+    def regions(self) -> int:
+        """M."""
+        return len(self.sizes)
+
+
+@dataclass
+class Trace:
+    """The order found so far, and what was learnt on the way.
+
+    Attributes:
+        order: regions, first the one that matters most.
+        steps: the set after each of them; None where that set was not scored.
+        ties: steps (from 1) at which another candidate was as good within the noise.
+        compared, violations, negative: how many gains were measured again after the set had grown, how many of them
+            had grown beyond the noise against diminishing returns, and how many gains of all were below zero.
+        growth: the most that a gain grew.
+        asked: candidates scored.
+        uncertain: picks whose bound could not rule out a better candidate.
+    """
+
+    problem: Problem
+    order: list[int] = field(default_factory=list)
+    steps: list[Step | None] = field(default_factory=list)
+    ties: list[int] = field(default_factory=list)
+    compared: int = 0
+    violations: int = 0
+    negative: int = 0
+    growth: float = 0.0
+    asked: int = 0
+    uncertain: int = 0
+
+    def __post_init__(self) -> None:
+        self.score = self.problem.empty_score
+        self.open = list(range(self.problem.regions))
+        self.gains = torch.full((self.problem.regions,), math.nan, dtype=torch.float64)
+        self.area = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether no region is left, or enough have been ranked."""
+        problem = self.problem
+        return (
+            not self.open
+            or len(self.order) >= problem.max_regions
+            or self.area >= problem.max_area * sum(problem.sizes)
+            or self.score >= problem.stop_score
+        )
+
+    def measure(self, answer: Answer) -> None:
+        """Note the gains of the candidates over the present set, and how they changed since they were last measured."""
+        gains = answer.total - self.score
+        before = self.gains[answer.candidates]
+        grown = (gains - before)[~before.isnan()]
+        slack = NOISE_FACTOR * self.problem.noise
+        self.asked += len(gains)
+        self.compared += len(grown)
+        self.violations += int((grown > slack).sum())
+        self.negative += int((gains < -slack).sum())
+        if len(grown):
+            self.growth = max(self.growth, float(grown.max()))
+        self.gains[answer.candidates] = gains
+
+    def take(self, answer: Answer, position: int) -> int:
+        """Rank the candidate at a position of the answer next; return its region."""
+        region = answer.candidates[position]
+        gap = answer.total[position] - answer.total
+        if int((gap <= NOISE_FACTOR * self.problem.noise).sum()) > 1:
+            self.ties.append(len(self.order) + 1)
+        self.append(region, step_of(answer, position))
+        return region
+
+    def keep_scored(self) -> None:
+        """Leave out what was not scored before an interruption."""
+        end = self.steps.index(None) if None in self.steps else len(self.steps)
+        del self.order[end:], self.steps[end:]
+
+    def append(self, region: int, step: Step | None) -> None:
+        """Rank a region next."""
+        self.order.append(region)
+        self.steps.append(step)
+        self.open.remove(region)
+        self.area += self.problem.sizes[region]
+        if step is not None:
+            self.score = step.total
+
+
+Search = Generator[Ask, Answer, None]
+
+
+def step_of(answer: Answer, position: int) -> Step:
+    """The set with the candidate at a position of the answer."""
+    scores, (kept, removed, own) = tuple(answer.scores[position].tolist()), answer.curves[position].tolist()
+    return Step(scores, float(answer.total[position]), kept, removed, own, answer.reached[position])
+
+
+def greedy(trace: Trace) -> Search:
+    """Each next region is the one of the largest score, all open ones being scored (Chen et al. 2024, algorithm 1)."""
+    chosen = Chosen(trace.problem.distance)
+    while not trace.finished:
+        answer = yield Ask(chosen, trace.open)
+        trace.measure(answer)
+        chosen.add(trace.take(answer, answer.best()))
+
+
+def bidirectional(trace: Trace, pending: int = PENDING) -> Search:
+    """The best set grows from the front and the worst from the back (LiMA, Chen et al. 2025).
+
+    The back end scores exactly only the `pending` regions whose surrogate is lowest: the score that the front end has
+    just measured, with the effectiveness term of the back end's set.
+    """
+    problem = trace.problem
+    front, back = Chosen(problem.distance), Chosen(problem.distance)
+    worst: list[int] = []
+    while not trace.finished:
+        answer = yield Ask(front, trace.open)
+        trace.measure(answer)
+        best = trace.take(answer, answer.best())
+        front.add(best)
+        if len(trace.open) <= pending or trace.finished:
+            continue
+        surrogate = answer.total - problem.weights[1] * (answer.scores[:, 1] - back.effectiveness(answer.candidates))
+        kept = [position for position, region in enumerate(answer.candidates) if region != best]
+        lowest = sorted(kept, key=lambda position: (float(surrogate[position]), position))[:pending]
+        answer = yield Ask(back, sorted(answer.candidates[position] for position in lowest))
+        trace.asked += len(answer.candidates)
+        region = answer.candidates[answer.best(largest=False)]
+        back.add(region)
+        worst.append(region)
+        trace.open.remove(region)
+    for region in reversed(worst):
+        if len(trace.order) >= problem.max_regions:
+            break
+        trace.open.append(region)
+        trace.append(region, None)
+
+
+def lazy(trace: Trace, slack: float, width: int, effort: float) -> Search:
+    """Greedy, but gains that cannot win are not measured again (CELF, Leskovec et al. 2007).
+
+    Candidates are scored anew in falling order of their last gain, `width` at a time, until the best of the new gains
+    beats every older one by `slack`, or `effort` times as many as this step may cost have been scored. Exact where no
+    gain grows by more than `slack`; since SMDL's function is not submodular the growth is measured and reported.
+    """
+    chosen = Chosen(trace.problem.distance)
+    answer = yield Ask(chosen, trace.open)
+    trace.measure(answer)
+    chosen.add(trace.take(answer, answer.best()))
+    while not trace.finished:
+        stale = sorted(trace.open, key=lambda region: (-float(trace.gains[region]), region))
+        most = max(width, math.ceil(effort * len(stale)))
+        fresh: list[Answer] = []
+        while stale:
+            room = max(1, min(width, most - sum(len(each.candidates) for each in fresh)))
+            answer = yield Ask(chosen, sorted(stale[:room]))
+            stale = stale[room:]
+            trace.measure(answer)
+            fresh.append(answer)
+            best = max(float(each.total.max()) for each in fresh) - trace.score
+            if not stale or best >= float(trace.gains[stale[0]]) + slack:
+                break
+            if sum(len(each.candidates) for each in fresh) >= most:
+                trace.uncertain += 1
+                break
+        answer = _joined(fresh)
+        chosen.add(trace.take(answer, answer.best()))
+
+
+def window(trace: Trace, share: float, picks: float) -> Search:
+    """Phases (after PhaseWin, Chen et al. 2025): all open regions are scored, and the best of them form a window.
+
+    Within a phase only the window is scored again. It holds `share` of the open regions, and the phase lasts until
+    `picks` of the window are ranked; both ours, chosen so that a ranking costs about a fifth of greedy's forwards.
+    """
+    chosen = Chosen(trace.problem.distance)
+    while not trace.finished:
+        answer = yield Ask(chosen, trace.open)
+        trace.measure(answer)
+        size = min(len(trace.open), max(2, math.ceil(share * len(trace.open))))
+        ranked = sorted(range(len(answer.candidates)), key=lambda i: (-float(answer.total[i]), i))
+        members = [answer.candidates[position] for position in ranked[:size]]
+        turns = max(1, round(picks * size))
+        region = trace.take(answer, ranked[0])
+        chosen.add(region)
+        members.remove(region)
+        for _ in range(turns - 1):
+            if trace.finished or not members:
+                break
+            answer = yield Ask(chosen, sorted(members))
+            trace.measure(answer)
+            region = trace.take(answer, answer.best())
+            chosen.add(region)
+            members.remove(region)
+
+
+def _joined(answers: Sequence[Answer]) -> Answer:
+    """Several answers as one, its candidates ascending."""
+    candidates = [region for answer in answers for region in answer.candidates]
+    order = sorted(range(len(candidates)), key=candidates.__getitem__)
+    reached = [flag for answer in answers for flag in answer.reached]
+    return Answer(
+        [candidates[i] for i in order],
+        torch.cat([answer.scores for answer in answers])[order],
+        torch.cat([answer.total for answer in answers])[order],
+        torch.cat([answer.curves for answer in answers])[order],
+        [reached[i] for i in order],
+    )
+
+
+def prefixes(trace: Trace) -> Search:
+    """Score the sets along an order that were not scored when it was found."""
+    chosen = Chosen(trace.problem.distance)
+    for k, region in enumerate(trace.order):
+        known = trace.steps[k]
+        if known is None or math.isnan(known.removed):
+            answer = yield Ask(chosen, [region])
+            trace.steps[k] = step_of(answer, 0)
+        chosen.add(region)
+
+
+SEARCHES: Final[dict[str, Callable[[Trace], Search]]] = {
+    "greedy": greedy,
+    "bidirectional": bidirectional,
+    "window": lambda trace: window(trace, share=0.5, picks=0.5),
+    "lazy": lambda trace: lazy(trace, slack=0.0, width=4, effort=0.1),
+}
+"""The searches by name, with the settings that docs/smdl.md measures."""
