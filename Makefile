@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+GPU_ARGS ?=
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export VENV FINECF_CUDA FINECF_CUDA_ARCHS FINECF_BUILD
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format cmake setup clean
+.PHONY: demo test test-slow gpu-check lint format cmake setup clean
 
 demo: setup
 	$(BIN)/finecf demo $(DEMO_ARGS)
@@ -19,6 +20,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow $(TEST_ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
+
+# On a machine with a GPU, with the running interpreter and what is installed there: docs/gpu.md.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(GPU_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
