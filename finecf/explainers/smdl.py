@@ -26,14 +26,13 @@ from finecf.models.layers import close_names
 from finecf.models.runner import PRECISIONS, Runner
 from finecf.ops.submodular import TERMS
 from finecf.reference.submodular import CONFIDENCES
-from finecf.regions import METHODS, check_labels, grid, region_sizes, saliency_patches, slico
+from finecf.regions import METHODS, baseline_images, check_labels, grid, region_sizes, saliency_patches, slico
 
 VARIANTS: Final = ("probability", "cosine")
 BASELINES: Final = ("black", "mean", "blur")
 
 _GROUP: Final = {"cpu": 8, "cuda": 32}
 """Images that are searched side by side, so that late steps, which have few candidates, still fill a micro-batch."""
-_BLUR_SHARE: Final = 1 / 10
 _LEAST_DROP: Final = 1e-6
 """Share of the range by which the saliency falls from one region to the next at least, so that it keeps the order."""
 
@@ -280,14 +279,8 @@ class SMDL:
                 raise ValueError(f"black must be a colour [{channels}]; got {list(black.shape)}")
             return black.to(x)
         if self.baseline == "mean":
-            return x.mean((2, 3), keepdim=True).expand_as(x).contiguous()
-        from torchvision.transforms.functional import gaussian_blur
-
-        sigma = _BLUR_SHARE * min(x.shape[2], x.shape[3])
-        kernel = 2 * math.ceil(2 * sigma) + 1
-        reach = 2 * (min(x.shape[2], x.shape[3]) - 1) + 1  # reflection cannot look further than the image
-        blurred: Tensor = gaussian_blur(x, [min(kernel, reach)] * 2, [sigma] * 2)
-        return blurred
+            return x.mean((2, 3), keepdim=True).expand_as(x)
+        return baseline_images(self.baseline, x)
 
     # The work
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finecf.explainers.result import upsample
@@ -130,49 +129,3 @@ def rows_per_batch(images: Tensor, batch_size: int, memory_budget: int | None) -
     if memory_budget < least:
         raise ValueError(f"memory_budget is {memory_budget} bytes; one composed image needs {least}: give that much.")
     return min(batch_size, memory_budget // least)
-
-
-def baseline_images(baseline: str | Tensor, images: Tensor, mean_colour: Tensor | None = None) -> Tensor:
-    """The image that stands for "nothing there", as [B,C,H,W] (expanded, not copied, where it is one colour).
-
-    `baseline`: "mean" (`mean_colour` [C], or the mean colour of `images`), "black" (zeros), "blur" (each image under a
-    Gaussian of sigma = 1/10 of its shorter side), or a tensor: a colour [C], an image [C,H,W], or one a row [B,C,H,W].
-    """
-    channels = images.shape[1]
-    if isinstance(baseline, Tensor):
-        chosen = baseline.to(images)
-    elif baseline == "mean" and mean_colour is not None:
-        chosen = torch.as_tensor(mean_colour).to(images)
-    elif baseline == "mean" and len(images):
-        chosen = images.mean((0, 2, 3))
-    elif baseline in ("mean", "black"):
-        chosen = images.new_zeros(channels)
-    elif baseline == "blur":
-        chosen = gaussian_blur(images, min(images.shape[2:]) / 10)
-    else:
-        raise ValueError(f'baseline must be "mean", "black", "blur" or a tensor, got {baseline!r}.')
-    if chosen.ndim == 1 and chosen.shape[0] == channels:
-        chosen = chosen[:, None, None]
-    elif chosen.ndim not in (3, 4) or chosen.shape[-3:] != images.shape[1:]:
-        raise ValueError(
-            f"a baseline must be a colour [{channels}], an image {list(images.shape[1:])} or a batch "
-            f"{list(images.shape)}, got {list(chosen.shape)}."
-        )
-    if chosen.ndim == 4 and chosen.shape[0] not in (1, images.shape[0]):
-        raise ValueError(f"a batch of baselines must have {images.shape[0]} images, got {chosen.shape[0]}.")
-    if not torch.isfinite(chosen).all():
-        raise ValueError("the baseline holds NaN or infinite values; it must be finite.")
-    return chosen.expand_as(images)
-
-
-def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian over the last two axes of [B,C,H,W], cut at 3 sigma, borders replicated."""
-    radius = max(1, round(3 * sigma))
-    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    batch, channels, height, width = images.shape
-    flat = images.reshape(batch * channels, 1, height, width)
-    flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1))
-    return flat.reshape(images.shape)

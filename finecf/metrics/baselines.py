@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finecf.metrics._inputs import (
     as_images,
     as_targets,
-    baseline_images,
     evaluating,
     probabilities,
     rows_per_batch,
 )
+from finecf.regions import baseline_images
 
 
 def random_maps(batch: int, size: tuple[int, int], *, generator: torch.Generator | None = None) -> Tensor:
@@ -104,6 +105,57 @@ def grad_cam(classifier: Any, images: Tensor, target: Tensor | int) -> Tensor:
         raise ValueError(f"grad_cam maps one class an image: target must be an int or [B], got {list(target.shape)}.")
     with classifier.eval_mode():
         return classifier.cam(classifier.features(images), target[:, 0])
+
+
+def rise(
+    classifier: Any,
+    images: Tensor,
+    target: Tensor | int,
+    *,
+    masks: int = 500,
+    cells: int = 7,
+    share: float = 0.5,
+    baseline: str | Tensor = "mean",
+    mean_colour: Tensor | None = None,
+    batch_size: int = 64,
+    memory_budget: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """RISE maps (Petsiuk et al. 2018, eq. 6): [B,H,W] float32, the mean probability under the random masks that show a
+    pixel.
+
+    Each of `masks` draws a grid of `cells` x `cells` places, every place shown with probability `share`, enlarged
+    bilinearly and shifted at random; the same masks serve all images. What is masked shows `baseline` (the paper:
+    black). `generator` None is a fresh one with seed 0.
+    """
+    images = as_images(images)
+    batch, _, height, width = images.shape
+    target = as_targets(target, batch, images.device)
+    if target.shape[1] != 1:
+        raise ValueError(f"RISE maps one class an image: target must be an int or [B], got {list(target.shape)}.")
+    if masks < 1 or not 1 <= cells <= min(height, width) or not 0 < share < 1:
+        raise ValueError(
+            f"RISE needs masks >= 1, cells in 1..{min(height, width)} and a share in (0, 1), "
+            f"got {masks}, {cells} and {share}."
+        )
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    base = baseline_images(baseline, images, mean_colour)
+    rows = rows_per_batch(images, batch_size, memory_budget)
+    total = torch.zeros(batch, height, width, dtype=torch.float64, device=images.device)
+    down, across = -(-height // cells), -(-width // cells)  # the size of one place in pixels
+    with evaluating(classifier) as classify:
+        for _ in range(masks):
+            grid = (torch.rand(1, 1, cells, cells, generator=generator) < share).float()
+            size = ((cells + 1) * down, (cells + 1) * across)
+            large = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0]
+            top = int(torch.randint(0, down, (), generator=generator))
+            left = int(torch.randint(0, across, (), generator=generator))
+            mask = large[top : top + height, left : left + width].to(images)
+            for start in range(0, batch, rows):
+                own = slice(start, start + rows)
+                shown = base[own] + mask * (images[own] - base[own])
+                total[own] += probabilities(classify, shown, target[own])[:, :, None] * mask
+    return (total / (masks * share)).float()
 
 
 def _windows(length: int, window: int, stride: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from finecf.metrics._inputs import (
     as_images,
     as_targets,
-    baseline_images,
     evaluating,
     probabilities,
     resize_maps,
     rows_per_batch,
 )
+from finecf.ops import rank_masks
+from finecf.regions import baseline_images
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def insertion_deletion(
     step: float | None = None,
     order: Literal["falling", "raster"] = "falling",
     threshold: float | None = None,
+    regions: Tensor | None = None,
     batch_size: int = 64,
     memory_budget: int | None = None,
 ) -> Curves:
@@ -69,6 +72,10 @@ def insertion_deletion(
     of the visited pixels (ours: the script's axis is not described), so that areas of regions of different size
     compare.
 
+    `regions` [B,H,W], integer label maps, makes the regions the grid instead of shares of the image, as the released
+    evaluator of SMDL does: whole regions go in falling order of their mean value (ties: the lower label first), and the
+    probability is read after each.
+
     Raises ValueError or TypeError on wrong shapes, non-finite values, classes out of range or a budget below one image.
     """
     images = as_images(images)
@@ -77,26 +84,65 @@ def insertion_deletion(
         raise ValueError(f"there must be one map an image: got {maps.shape[0]} maps for {images.shape[0]} images.")
     target = as_targets(target, images.shape[0], images.device)
     base = baseline_images(baseline, images, mean_colour)
-    rank, visited = _ranks(maps, order, threshold)
     rows = rows_per_batch(images, batch_size, memory_budget)
-
-    counts = [_counts(int(v), _step(step, order, int(v))) for v in visited]
+    if regions is None:
+        rank, visited = _ranks(maps, order, threshold)
+        counts = [_counts(int(v), _step(step, order, int(v))) for v in visited]
+    else:
+        if step is not None or threshold is not None or order != "falling":
+            raise ValueError("with regions= the regions are the steps: leave out step, order and threshold.")
+        rank, counts = _region_ranks(maps, regions.to(maps.device))
     # When every pixel is visited, the two curves share their end points (image and baseline): those are run once.
     shared = order == "falling"
-    # A job is (image, pixels done so far, whether the image goes in).
-    jobs = [(b, n, True) for b, steps in enumerate(counts) for n in steps]
-    jobs += [(b, n, False) for b, steps in enumerate(counts) for n in (steps[1:-1] if shared else steps)]
-    values = torch.empty(len(jobs), target.shape[1], dtype=torch.float64)
+    # A job is (image, pixels done so far); those in which the image goes in come first.
+    inserted = [(b, n) for b, steps in enumerate(counts) for n in steps]
+    deleted = [(b, n) for b, steps in enumerate(counts) for n in (steps[1:-1] if shared else steps)]
+    values = []
     with evaluating(classifier) as classify:
-        for start in range(0, len(jobs), rows):
-            chunk = jobs[start : start + rows]
-            image = torch.tensor([job[0] for job in chunk], device=images.device)
-            reached = torch.tensor([job[1] for job in chunk], device=images.device)
-            insert = torch.tensor([job[2] for job in chunk], device=images.device)
-            keep = (rank[image] < reached[:, None, None]) == insert[:, None, None]
-            composed = torch.where(keep[:, None], images[image], base[image])
-            values[start : start + len(chunk)] = probabilities(classify, composed, target[image]).cpu()
-    return _assemble(counts, values, shared)
+        for jobs, insert in ((inserted, True), (deleted, False)):
+            for start in range(0, len(jobs), rows):
+                chunk = jobs[start : start + rows]
+                image = torch.tensor([job[0] for job in chunk], device=images.device)
+                reached = torch.tensor([job[1] for job in chunk], device=images.device)
+                composed = rank_masks(images, rank, image, reached, base, insert)
+                values.append(probabilities(classify, composed, target[image]).cpu())
+    if not values:
+        values = [torch.empty(0, target.shape[1], dtype=torch.float64)]
+    return _assemble(counts, torch.cat(values), shared)
+
+
+def highest_confidence(curves: Curves, shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> Tensor:
+    """The highest probability of each class while at most a share of the image is inserted, float64 [B,K,len(shares)].
+
+    Its mean over the mistakes of a classifier, with the true class as target, is the "average highest confidence" of
+    SMDL (Chen et al. 2024, table 3): how well a method finds the little that would have been recognised.
+
+    Raises ValueError where a share is not in (0, 1].
+    """
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"shares must lie in (0, 1], got {list(shares)}.")
+    within = [curves.insertion.masked_fill((curves.share > share + 1e-9)[..., None], 0).amax(1) for share in shares]
+    return torch.stack(within, dim=2)
+
+
+def _region_ranks(maps: Tensor, regions: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """As `_ranks`, whole regions at a time: the pixels' ranks, and how many pixels are done after each region."""
+    if regions.shape != maps.shape or regions.is_floating_point():
+        raise ValueError(f"regions must be integer label maps {list(maps.shape)}, got {list(regions.shape)}.")
+    rank = torch.empty(maps.shape, dtype=torch.int64, device=maps.device)
+    counts = []
+    for b, (values, labels) in enumerate(zip(maps.flatten(1).double(), regions.flatten(1).long(), strict=True)):
+        present, labels, sizes = labels.unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(present), dtype=torch.float64, device=maps.device).scatter_add_(0, labels, values)
+        order = (sums / sizes).argsort(descending=True, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        sequence = place[labels].argsort(stable=True)
+        flat = torch.empty_like(sequence)
+        flat[sequence] = torch.arange(len(sequence), device=sequence.device)
+        rank[b] = flat.view(maps.shape[1:])
+        counts.append([0, *sizes[order].cumsum(0).tolist()])
+    return rank, counts
 
 
 def _ranks(maps: Tensor, order: str, threshold: float | None) -> tuple[Tensor, Tensor]:
