@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_configure() -> None:
     # More threads than cores only make the small tensors of the tests slower.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+    if os.environ.get("FINECF_TEST_DEVICE", "cpu").startswith("cuda"):
+        # Networks in full precision and the same at every call, as on the CPU: what is compared is this library's part.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from explainers.nets import CLASSES, GRID, images, other_classes, setting, stretch
+from explainers.nets import CLASSES, DEVICE, GRID, images, other_classes, setting, stretch
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -66,7 +66,7 @@ def test_exact_and_sampled_values_agree_for_every_head(kind: str) -> None:
     assert sampled.samples == 48
     assert bool((sampled.stderr > 0).any())
     assert bool(((sampled.raw - whole.raw).abs() <= 5 * sampled.stderr + 1e-5).all())
-    ends = game.masked_scores(torch.tensor([[0.0], [1.0]]).expand(2, game.cells), classes, "prob")
+    ends = game.masked_scores(torch.tensor([[0.0], [1.0]], device=DEVICE).expand(2, game.cells), classes, "prob")
     for values in (whole, sampled):
         assert torch.allclose(values.raw.sum(1), ends[:, 1] - ends[:, 0], atol=1e-4)
 
@@ -162,7 +162,7 @@ def test_an_image_that_lights_no_cell_gives_zeros_and_no_nan() -> None:
     (result,) = finecf.FGVCE(classifier, bank_of(classifier, bank), max_edits=2).explain(
         x, other_classes(classifier, bank, x)
     )
-    assert torch.equal(result.maps["contribution"], torch.zeros(GRID))
+    assert torch.equal(result.maps["contribution"], torch.zeros(GRID, device=DEVICE))
     assert all(
         bool(result.maps[name].isfinite().all()) for name in result.maps if result.maps[name].is_floating_point()
     )

@@ -33,10 +33,10 @@ def pair_losses(
     """Loss [P,N] of every pair after `done` edits, each pair through the model's own head; inf where not allowed."""
     features = edited_map(classifier, bank, x, result.edits[:done])
     start, stop = bank.class_range(result.target)
-    rows = bank.rows(start, stop)
+    rows = bank.rows(start, stop).to(features.device)
     cells = features[0].flatten(1).T
     cosine = nn.functional.normalize(cells, dim=1) @ nn.functional.normalize(rows, dim=1).T
-    losses = torch.full((CELLS, len(rows)), math.inf)
+    losses = torch.full((CELLS, len(rows)), math.inf, device=features.device)
     for cell in range(CELLS):
         if divmod(cell, GRID[1]) in [edit.cell for edit in result.edits[:done]]:
             continue
@@ -120,7 +120,10 @@ def test_paper_preset_takes_the_most_similar_candidates() -> None:
     for image, result in zip(x, finecf.FGVCE(classifier, bank, preset="paper").explain(x, targets), strict=True):
         start, stop = bank.class_range(result.target)
         cells = classifier.features(image[None])[0].flatten(1).T
-        cosine = nn.functional.normalize(cells, dim=1) @ nn.functional.normalize(bank.rows(start, stop), dim=1).T
+        cosine = (
+            nn.functional.normalize(cells, dim=1)
+            @ nn.functional.normalize(bank.rows(start, stop).to(x.device), dim=1).T
+        )
         for edit in result.edits:
             own = cosine[edit.cell[0] * GRID[1] + edit.cell[1]]
             assert int((own > edit.similarity + 1e-5).sum()) < 50
@@ -137,7 +140,7 @@ def test_balanced_weight_lets_the_span_of_the_cosine_cost_half_of_the_best_gain(
         best = float(pair_losses(classifier, bank, image, pure, 0).amin())
         now = -float(result.logits_path[0].log_softmax(0)[result.target])
         cells = nn.functional.normalize(classifier.features(image[None])[0].flatten(1).T, dim=1)
-        cosine = cells @ nn.functional.normalize(bank.rows(*bank.class_range(result.target)), dim=1).T
+        cosine = cells @ nn.functional.normalize(bank.rows(*bank.class_range(result.target)).to(x.device), dim=1).T
         span = float(cosine.amax() - cosine.amin())
         assert result.weights[0] == pytest.approx(0.5 * (now - best) / span, rel=1e-3)
 
@@ -219,9 +222,9 @@ def test_refreshed_contributions_are_those_of_the_edited_map(kind: str) -> None:
 
 def contributions_by_hand(classifier: finecf.Classifier, features: Tensor, index: int, sigma: float = 0.8) -> Tensor:
     """phi_raw [H,W] of the method page, mask by mask through the real head."""
-    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(n, device=features.device) for n in GRID), indexing="ij")
     whole = classifier.logits_from(features).softmax(1)[0, index]
-    raw = torch.empty(GRID)
+    raw = torch.empty(GRID, device=features.device)
     for i in range(GRID[0]):
         for j in range(GRID[1]):
             gauss = torch.exp(-((rows - i) ** 2 + (columns - j) ** 2) / (2 * sigma**2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explainers.nets import CLASSES, images, other_classes, setting
+from explainers.nets import CLASSES, DEVICE, images, other_classes, setting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,7 +168,7 @@ def test_autocast_and_half_precision_do_not_matter(ready) -> None:
     x = images(2)
     targets = other_classes(classifier, bank, x)
     plain = explainer.explain(x, targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cast = explainer.explain(x, targets)
     assert [r.logits_path.dtype for r in cast] == [torch.float32] * 2
     for one, other in zip(plain, cast, strict=True):

@@ -35,9 +35,9 @@ def test_a_saved_explanation_comes_back(results: list[finecf.FGVCEExplanation], 
         assert back.probabilities_before == result.probabilities_before
         assert set(back.maps) == set(result.maps)
         for name in result.maps:
-            assert torch.equal(back.maps[name], result.maps[name])
-        assert torch.equal(back.logits_path, result.logits_path)
-        assert torch.equal(back.image, result.image)
+            assert torch.equal(back.maps[name], result.maps[name].cpu())
+        assert torch.equal(back.logits_path, result.logits_path.cpu())
+        assert torch.equal(back.image, result.image.cpu())
         for name in ("weights", "grid", "flipped", "notes", "versions", "evaluations", "seed", "tied_edits", "source"):
             assert getattr(back, name) == getattr(result, name), name
         for one, other in zip(back.edits, result.edits, strict=True):
@@ -173,8 +173,8 @@ def test_a_figure_says_how_much_a_faint_difference_was_stretched() -> None:
     classifier, bank = setting()
     x = images(1)
     (result,) = finecf.FGVCE(classifier, bank).explain(x, other_classes(classifier, bank, x, far=True))
-    drawn = torch.linspace(0, 1, 16).reshape(4, 4)
-    before = torch.full((4, 4), 0.5)
+    drawn = torch.linspace(0, 1, 16, device=x.device).reshape(4, 4)
+    before = torch.full((4, 4), 0.5, device=x.device)
     for peak, faint in ((0.1, True), (0.4, False)):
         maps = dict(result.maps) | {"before": before, "after": before + peak * drawn, "dominant": drawn}
         said = [text for text in _words(replace(result, maps=Maps(maps))) if "faint" in text]

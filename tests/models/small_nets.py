@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+DEVICE = torch.device(os.environ.get("FINECF_TEST_DEVICE", "cpu"))
+"""Where networks and images are: `make gpu-check` sets it to "cuda"."""
 
 
 class PooledNet(nn.Module):
@@ -113,11 +118,11 @@ def seeded(net: type[nn.Module], seed: int = 0, **arguments: int) -> nn.Module:
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        return net(**arguments).eval()
+        return net(**arguments).eval().to(DEVICE)
     finally:
         torch.set_rng_state(state)
 
 
 def images(count: int, side: int = 32, channels: int = 3, seed: int = 0) -> Tensor:
     """Images in [0,1]."""
-    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed)).to(DEVICE)

@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.small_nets import Flat, PooledNet, images, seeded
+from models.small_nets import DEVICE, Flat, PooledNet, images, seeded
 from torch import Tensor
 
 import finecf
 from finecf.models import BankInterrupted, CandidateBank, Classifier
 
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 NAMES = ["waxwing", "oriole", "grebe", "tanager", "bunting"]
 
 
@@ -30,7 +31,7 @@ def clf() -> Classifier:
 
 def labelled(clf: Classifier, count: int = 24, wrong: int = 4, side: int = 32, seed: int = 0) -> list[tuple[Any, ...]]:
     """Batches of images whose labels are the predictions spread over classes, the first `wrong` of them false."""
-    x = images(count, side, seed=seed) * torch.linspace(0.2, 3, count)[:, None, None, None]
+    x = images(count, side, seed=seed) * torch.linspace(0.2, 3, count, device=DEVICE)[:, None, None, None]
     # The weights are random: shifting the bias makes every class come up.
     with torch.no_grad():
         free = clf.logits(x) - clf.model.fc.bias
@@ -79,7 +80,7 @@ def test_rows_are_the_cells_of_correctly_classified_images_in_class_order(clf: C
         place = stop
         wanted = [i for i in range(len(x)) if right[i] and labels[i] == label]
         want = features[wanted].flatten(2).transpose(1, 2).reshape(-1, 12)
-        torch.testing.assert_close(bank.rows(start, stop), want)
+        torch.testing.assert_close(bank.rows(start, stop), want.cpu())
         for i, row in zip(wanted, range(start, stop, 64), strict=True):
             assert bank.source(row + 5) == sources[i]
             assert int(bank.image_index[row + 5]) == row // 64
@@ -97,16 +98,17 @@ def test_rows_are_the_cells_of_correctly_classified_images_in_class_order(clf: C
 def test_pictures_are_the_images(clf: Classifier) -> None:
     x = images(3)
     labels = clf.logits(x).argmax(1)
+    mean, deviation = (torch.tensor(v, device=DEVICE).view(3, 1, 1) for v in IMAGENET)
     for shown in (
         x,
-        (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+        (x - mean) / deviation,
     ):
         bank = CandidateBank.from_loader(clf, [(shown, labels)], correct_only=False)
         order = labels.argsort(stable=True).tolist()
         for place, i in enumerate(order):
             picture, _ = bank.patch_image(place * 64)
             assert picture is not None
-            difference = picture.astype(float) / 255 - x[i].permute(1, 2, 0).numpy()
+            difference = picture.astype(float) / 255 - x[i].permute(1, 2, 0).cpu().numpy()
             assert np.abs(difference).max() < 0.6 / 255
 
 
@@ -424,7 +426,7 @@ def test_candidate_logits_are_kept_until_the_weights_change(clf: Classifier) -> 
 
     first = logits()
     fc = clf.model.fc
-    torch.testing.assert_close(first, bank.rows(3, 90) @ fc.weight.detach().T / 64)
+    torch.testing.assert_close(first, bank.rows(3, 90).to(DEVICE) @ fc.weight.detach().T / 64)
     assert logits() is first
     with torch.no_grad():
         fc.weight.mul_(2)
@@ -491,7 +493,7 @@ def test_progress_bar(clf: Classifier, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("net", [PooledNet, Flat])
 def test_on_cuda(net: type[PooledNet], tmp_path: Path) -> None:
     """A bank built on the device is the one built on the CPU, and folds work there."""
-    here, there = finecf.wrap(seeded(net), layer="body"), finecf.wrap(seeded(net).cuda(), layer="body")
+    here, there = finecf.wrap(seeded(net).cpu(), layer="body"), finecf.wrap(seeded(net).cuda(), layer="body")
     assert here.fingerprint()["weights"] == there.fingerprint()["weights"]
     loader = [(images(6), torch.arange(6) % 5)]
     cpu = CandidateBank.from_loader(here, loader, correct_only=False)

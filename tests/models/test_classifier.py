@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.small_nets import (
+    DEVICE,
     Around,
     ControlFlow,
     InPlace,
@@ -82,7 +83,7 @@ def test_logits_from_other_maps_than_the_models_own() -> None:
     x = images(2)
     for clf in (traced, untraced):
         clf.features(x)
-    maps = torch.randn(5, 12, 8, 8, generator=torch.Generator().manual_seed(1))
+    maps = torch.randn(5, 12, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     fc = traced.model.fc
     want = maps.mean((2, 3)) @ fc.weight.T + fc.bias
     torch.testing.assert_close(traced.logits_from(maps), want.detach())
@@ -260,7 +261,7 @@ def test_autocast_is_off_inside() -> None:
     clf = finecf.wrap(seeded(PooledNet))
     x = images(2)
     want = clf.logits(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         got = clf.logits(x)
         assert clf.logits_from(clf.features(x)).dtype == torch.float32
     assert got.dtype == torch.float32
@@ -290,7 +291,7 @@ def test_double_precision_stays() -> None:
 
 def test_works_inside_inference_mode() -> None:
     clf = finecf.wrap(seeded(PooledNet), head=None)
-    classes = torch.tensor([0, 1])
+    classes = torch.tensor([0, 1], device=DEVICE)
     want = clf.cam(clf.features(images(2)), classes)
     with torch.inference_mode():
         features = clf.features(images(2))

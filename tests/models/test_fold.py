@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models.small_nets import Flat, PooledNet, images, seeded
+from models.small_nets import DEVICE, Flat, PooledNet, images, seeded
 from torch import Tensor, nn
 
 import finecf
@@ -31,7 +31,7 @@ def lively(model: nn.Module) -> nn.Module:
                 module.eval()
         if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
             model(torch.randn(4, 3, 64, 64, generator=generator))
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def family(name: str) -> nn.Module:
@@ -43,9 +43,8 @@ def family(name: str) -> nn.Module:
 def mixed_maps(features: Tensor) -> Tensor:
     """Maps with cells scaled and cells of other images, as explainers make them."""
     generator = torch.Generator().manual_seed(3)
-    masks = torch.rand(len(features), 1, *features.shape[2:], generator=generator)
-    swap = torch.rand(len(features), 1, *features.shape[2:], generator=generator) < 0.3
-    return torch.where(swap, features.flip(0, 2), features * masks)
+    masks, swap = (torch.rand(len(features), 1, *features.shape[2:], generator=generator).to(DEVICE) for _ in range(2))
+    return torch.where(swap < 0.3, features.flip(0, 2), features * masks)
 
 
 def folded(clf: Classifier, fold: HeadFold, features: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ def small_vgg() -> nn.Module:
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 @pytest.mark.parametrize("side", [64, 96])
@@ -124,7 +123,7 @@ def test_vgg_at_seven_by_seven_cells_replaces_a_cell_exactly(small_vgg: nn.Modul
     clf = finecf.wrap(small_vgg)
     clf.features(images(1, 64))
     generator = torch.Generator().manual_seed(2)
-    maps, rows = torch.rand(2, 512, 7, 7, generator=generator), torch.rand(3, 512, generator=generator)
+    maps, rows = (torch.rand(size, generator=generator).to(DEVICE) for size in ((2, 512, 7, 7), (3, 512)))
     fold = clf.fold(maps)
     assert fold is not None, clf.fold_reason
     cells = fold.cell_preactivations(maps)
