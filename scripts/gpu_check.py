@@ -66,7 +66,7 @@ MODULES = {
     "hypothesis": "hypothesis",
     "pybind11": "pybind11",
 }
-OPTIONAL = {"torchvision": "torchvision", "sklearn": "scikit-learn", "scipy": "scipy"}
+OPTIONAL = {"torchvision": "torchvision", "sklearn": "scikit-learn", "scipy": "scipy", "captum": "captum"}
 """Tests that need these are skipped, with the reason, where they are missing."""
 
 # Groups of tests that run side by side where there are cores enough. What is in none of the first two is in the last.
