@@ -7,18 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from finecf import ops
 from finecf.explainers._subset import Answer, Ask, Search
-from finecf.models.runner import Runner
 
 _PROBES = 8
 """Masked images that are run a second time, one by one, to measure the noise of the model's forward."""
 _LEAST_NOISE = 2.0**-24
+
+
+class Forward(Protocol):
+    """Runs masked images through a model; `finecf.models.runner.Runner` is one."""
+
+    channels_last: bool
+    """Whether it wants its images channels last."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Logits [B,C]."""
+
+    def with_features(self, x: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Logits [B,C] and features [B,D]."""
 
 
 class Terms(NamedTuple):
@@ -31,11 +43,18 @@ class Terms(NamedTuple):
     collaboration: str
     target_features: Tensor | None
     """[D] what the cosine variants compare with; None: the features of the whole image."""
+    report_all: bool = False
+    """Whether the effectiveness is computed where its weight is 0, too."""
 
     @property
     def pooled(self) -> bool:
         """Whether every masked image's features are needed."""
         return "cosine" in (self.consistency, self.collaboration)
+
+    @property
+    def distances(self) -> bool:
+        """Whether the distances between single regions are needed."""
+        return self.report_all or bool(self.weights[1] != 0)
 
     @property
     def deletion(self) -> bool:
@@ -64,7 +83,7 @@ class Group:
         numbers: the images' places in the user's batch, for messages.
         forwards: images through the model so far, for each image.
         singles: the model's outputs for each region alone and for the image without it, [B,M,...].
-        distance: float64 [B,M,M] between the features of single regions; 0 where the term has no weight.
+        distance: float64 [B,M,M] between the features of single regions; 0 where they are not needed.
     """
 
     images: Tensor
@@ -92,7 +111,7 @@ class Group:
 class Evaluation:
     """Runs searches over a group of images."""
 
-    def __init__(self, runner: Runner, terms: Terms, micro_batch: int) -> None:
+    def __init__(self, runner: Forward, terms: Terms, micro_batch: int) -> None:
         self.runner = runner
         self.terms = terms
         self.micro_batch = micro_batch
@@ -103,7 +122,7 @@ class Evaluation:
         Features of single regions give the distances of the effectiveness term; single regions and their complements
         are the sets of size 1 and m-1, so they are scored once.
         """
-        pooled = self.terms.pooled or bool(self.terms.weights[1] != 0)
+        pooled = self.terms.pooled or self.terms.distances
         everyone = torch.arange(len(group.regions))
         nothing = torch.zeros(len(group.regions), group.most, dtype=torch.bool)
         blank = self._forward(group, everyone, nothing, removed=False, pooled=self.terms.pooled)
@@ -128,7 +147,7 @@ class Evaluation:
         group.distance = torch.zeros(
             len(group.regions), group.most, group.most, dtype=torch.float64, device=group.images.device
         )
-        if features is not None and bool(self.terms.weights[1] != 0):
+        if features is not None and self.terms.distances:
             group.distance = angles(features)
         return self._noise(group, image, region, keep)
 
