@@ -14,9 +14,11 @@
 //   Row r asks what image[r] scores with candidate[r] added to its selected regions: insertion_logits[r] belong to that
 //   set kept, deletion_logits[r] to that set removed. running_min[b,i] is the least distance from region i to another
 //   selected region (+inf where there is none), for selected and open regions alike, so that a candidate costs O(|S|);
-//   the diagonal of `distance` is not read. weights are those of the four terms in the order above; total is their sum.
+//   the diagonal of `distance` is not read, and a candidate that is selected already leaves the set as it is. weights
+//   are those of the four terms in the order above; total is their sum.
 //   best[b] is the row of the largest (or, with largest = false, the smallest) total of image b, ties to the lowest
-//   candidate; -1 where the image has no row. Without deletion_logits and without `collaboration` that term is 0.
+//   candidate, then to the lowest row; -1 where the image has no row. Without deletion_logits and without
+//   `collaboration` that term is 0.
 //
 // All arithmetic is float64, whatever the type of the logits: regions alone on black have cosines near 0.999, where a
 // float32 distance is off by 5e-6. C >= 2; float32 and float64 logits on the CPU; float32, float16 and bfloat16 on

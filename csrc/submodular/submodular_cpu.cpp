@@ -23,7 +23,7 @@ double effectiveness(const double* distance, const double* running_min, const bo
   double total = 0;
   bool alone = true;
   for (int64_t i = 0; i < regions; ++i) {
-    if (!selected[i]) continue;
+    if (!selected[i] || i == candidate) continue;
     const double d = distance[i * regions + candidate];
     total += d < running_min[i] ? d : running_min[i];
     alone = false;

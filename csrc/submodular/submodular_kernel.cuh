@@ -79,7 +79,7 @@ __global__ void score_rows_naive(GainsInput<T> in, double* scores, double* total
     double effectiveness = 0;
     bool alone = true;
     for (int i = 0; i < in.regions; ++i) {
-      if (!in.selected[b * in.regions + i]) continue;
+      if (!in.selected[b * in.regions + i] || i == c) continue;
       effectiveness += fmin(in.running_min[b * in.regions + i], in.distance[(b * in.regions + i) * in.regions + c]);
       alone = false;
     }
@@ -146,7 +146,7 @@ __global__ void score_rows(GainsInput<T> in, double* scores, double* total) {
     double effectiveness = 0;
     int others = 0;
     for (int i = lane; i < in.regions; i += kWarp) {
-      if (!in.selected[b * in.regions + i]) continue;
+      if (!in.selected[b * in.regions + i] || i == c) continue;
       effectiveness += fmin(in.running_min[b * in.regions + i], in.distance[(b * in.regions + i) * in.regions + c]);
       others = 1;
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from finecf import _native
 
 COPIES: Final = frozenset({"compose_regions", "rank_masks"})
-"""Operators that only copy elements: their kernels take every dtype."""
+"""Operators that only copy elements: their kernels take every dtype of at most 8 bytes."""
 
 _Fake = TypeVar("_Fake", bound=Callable[..., Any])
 
@@ -22,7 +22,10 @@ def run(name: str, twin: Callable[..., Any], *arguments: Any) -> Any:
     Autocast is off inside, and float32 matrix products on CUDA keep float32 precision whatever the global switch says.
     """
     first: Tensor = arguments[0]
-    compiled = _native.has_native(first.device.type) if name in COPIES else _has_kernel(first.device, first.dtype)
+    if name in COPIES:
+        compiled = first.element_size() <= 8 and _native.has_native(first.device.type)
+    else:
+        compiled = _has_kernel(first.device, first.dtype)
     kernel = getattr(torch.ops.finecf, name) if compiled else twin
     with torch.autocast(first.device.type, enabled=False):
         if first.device.type != "cuda" or torch.compiler.is_compiling():

@@ -56,7 +56,7 @@ def submodular_gains(
         insertion_logits: [R,C], the model's logits with the selected regions and the candidate kept.
         deletion_logits: [R,C], with them removed; None: the collaboration term is 0 (or given).
         image: integers [R] in 0..B-1.
-        candidate: integers [R] in 0..m-1.
+        candidate: integers [R] in 0..m-1; one that is selected already leaves the set as it is.
         distance: [B,m,m], between the features of single regions; the diagonal is not read.
         running_min: [B,m], the least distance of each region to another selected one (+inf: none).
         selected: bool [B,m].
@@ -68,7 +68,7 @@ def submodular_gains(
         largest: whether the best row is the one of the largest total or of the smallest.
 
     Returns:
-        scores [R,4], total [R], best [B]. Ties go to the lowest candidate.
+        scores [R,4], total [R], best [B]. Ties go to the lowest candidate, then to the lowest row.
 
     Raises:
         TypeError: an argument is not a tensor, or not of the kind asked for.

@@ -34,15 +34,14 @@ def submodular_gains(
     largest: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores [R,4], their weighted sum [R] (float64) and each image's best row [B] (int64; -1: it has none)."""
-    rows, regions = insertion_logits.shape[0], distance.shape[1]
+    rows = insertion_logits.shape[0]
     wanted = target[image][:, None]
 
     def probability(logits: Tensor) -> Tensor:
         return logits.double().softmax(1).gather(1, wanted)[:, 0]
 
-    columns = candidate[:, None, None].expand(-1, regions, 1)
-    to_candidate = distance[image].gather(2, columns)[:, :, 0]
-    chosen = selected[image]
+    to_candidate = distance.mT[image, candidate]
+    chosen = selected[image].scatter(1, candidate[:, None], False)
     nearest = torch.minimum(running_min[image], to_candidate).where(chosen, torch.zeros_like(to_candidate)).sum(1)
     own = running_min[image].gather(1, candidate[:, None])[:, 0]
     effectiveness = (nearest + own).where(chosen.any(1), torch.zeros_like(nearest))
