@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import VALUES as VALUES
 from torch import Tensor
 
 from finecf import _native
 
 DEVICE = torch.device(os.environ.get("FINECF_TEST_DEVICE", "cpu"))
 """Where the operators are tested: `make gpu-check` sets it to "cuda"."""
-
-VALUES = ("prob", "log_prob", "log_odds", "logit")
 
 
 def implementations() -> list[str]:

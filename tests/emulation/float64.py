@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-VALUES = ("prob", "log_prob", "log_odds", "logit")
-
 
 def widen(values: NDArray) -> Array:
     """Float64 of what a kernel reads: float16, float32, or bfloat16 bits in uint16."""

@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sizes
 from emulation import float64
 
-SIZES = [(1, 1, 2, 1), (2, 7, 31, 63), (1, 49, 33, 65), (3, 33, 32, 129), (1, 7, 257, 64), (1, 3, 1025, 67)]
-"""B, P, C, N: below, at and above the borders of warps (32) and tiles (32 cells x 64 candidates)."""
-
+IMAGES = 2
+each_size = pytest.mark.parametrize("size", sizes.REPLACEMENT, ids=sizes.names(sizes.REPLACEMENT))
 VERSIONS = pytest.mark.parametrize("version", ["naive", "fast"])
+
+
+def assert_same_bits(one: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> None:
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # ---- nearest_candidates ---------------------------------------------------------------------------------------------
@@ -30,22 +35,25 @@ def expected_neighbours(query: np.ndarray, bank: np.ndarray, k: int) -> tuple[np
 
 
 @VERSIONS
-@pytest.mark.parametrize(
-    ("queries", "rows", "width", "k"),
-    [(1, 1, 1, 1), (7, 63, 31, 5), (33, 65, 33, 65), (49, 300, 70, 17), (2, 2200, 3, 2100)],
-)
-def test_nearest_against_float64(
-    emulated: ModuleType, queries: int, rows: int, width: int, k: int, version: str
-) -> None:
-    query, bank = whole_numbers(queries, width), whole_numbers(rows, width, seed=1)
-    bank[rows // 2] = 0
-    want, _ = expected_neighbours(query, bank, k)
-    cosine, index = emulated.nearest_candidates(query, bank, k, emulated.Plan(version=version, seed=k))
-    np.testing.assert_allclose(cosine, want, rtol=0, atol=1e-6)
-    # Rounding may order near-equal cosines differently: what counts is the value at the index, and that all differ.
-    at_index = np.take_along_axis(float64.cosines(query, bank), index, 1)
-    np.testing.assert_allclose(at_index, cosine, rtol=0, atol=1e-6)
-    assert all(len(set(row)) == k for row in index.tolist())
+@pytest.mark.parametrize("size", sizes.NEAREST, ids=sizes.names(sizes.NEAREST))
+def test_nearest_against_float64(emulated: ModuleType, size: sizes.Nearest, version: str) -> None:
+    query, bank = whole_numbers(size.cells, size.channels), whole_numbers(size.rows, size.channels, seed=1)
+    bank[size.rows // 2] = 0
+    exact = float64.cosines(query, bank)
+    for k in sizes.kept(size.rows):
+        want, _ = expected_neighbours(query, bank, k)
+        first: tuple[np.ndarray, ...] = ()
+        for seed in sizes.SEEDS:
+            cosine, index = got = emulated.nearest_candidates(query, bank, k, emulated.Plan(version=version, seed=seed))
+            if first:
+                assert_same_bits(first, got)
+                continue
+            first = got
+            np.testing.assert_allclose(cosine, want, rtol=0, atol=1e-6)
+            # Rounding may order near-equal cosines differently: what counts is the value at the index, and that all
+            # differ.
+            np.testing.assert_allclose(np.take_along_axis(exact, index, 1), cosine, rtol=0, atol=1e-6)
+            assert all(len(set(row)) == k for row in index.tolist())
 
 
 @VERSIONS
@@ -143,20 +151,31 @@ def check_choice(
     assert loss == pytest.approx(exact[cell, candidate], rel=1e-6, abs=1e-6)
 
 
-@VERSIONS
-@pytest.mark.parametrize("scale", [1.0, 30.0, 200.0])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_best_against_float64(emulated: ModuleType, size: tuple[int, ...], scale: float, version: str) -> None:
-    arguments = problem(*size, scale=scale)
+def check_best(emulated: ModuleType, arguments: dict[str, Any], version: str) -> None:
+    """With and without candidates that are used up, and cells that are not allowed; the same bits in any order."""
     _, logits = start_logits(arguments)
     rng = np.random.default_rng(1)
-    allowed = rng.random(size[:2]) < 0.7
+    images, cells, rows = arguments["similarity"].shape
+    allowed = rng.random((images, cells)) < 0.7
     allowed[0] = True
-    used = rng.random((size[0], size[3])) < 0.2
-    for spent in (None, used):
-        got = best(emulated, arguments, logits, allowed, spent, version=version, seed=size[1])
-        for b in range(size[0]):
+    for spent in (None, rng.random((images, rows)) < 0.2):
+        got = best(emulated, arguments, logits, allowed, spent, version=version)
+        for b in range(images):
             check_choice(arguments, b, logits[b], allowed[b], None if spent is None else spent[b], [x[b] for x in got])
+        for seed in sizes.SEEDS[1:]:
+            assert_same_bits(got, best(emulated, arguments, logits, allowed, spent, version=version, seed=seed))
+
+
+@VERSIONS
+@each_size
+def test_best_against_float64(emulated: ModuleType, size: sizes.Replacement, version: str) -> None:
+    check_best(emulated, problem(IMAGES, *size), version)
+
+
+@VERSIONS
+@pytest.mark.parametrize("scale", sizes.SPREADS)
+def test_best_at_any_spread(emulated: ModuleType, scale: float, version: str) -> None:
+    check_best(emulated, problem(3, 7, 33, 97, scale=scale), version)
 
 
 @VERSIONS
@@ -217,13 +236,10 @@ def test_nothing_allowed(emulated: ModuleType, version: str) -> None:
 
 
 @VERSIONS
-@pytest.mark.parametrize(("weight_sim", "weight_cls"), [(0.0, 1.0), (1.0, 0.0), (0.4, 50.0)])
-def test_weights(emulated: ModuleType, weight_sim: float, weight_cls: float, version: str) -> None:
-    arguments = problem(1, 33, 12, 70, scale=20) | {"weight_sim": weight_sim, "weight_cls": weight_cls}
-    _, logits = start_logits(arguments)
-    allowed = np.ones((1, 33), bool)
-    got = best(emulated, arguments, logits, allowed, version=version)
-    check_choice(arguments, 0, logits[0], allowed[0], None, [x[0] for x in got])
+@pytest.mark.parametrize("weights", sizes.WEIGHTS, ids=str)
+def test_weights(emulated: ModuleType, weights: tuple[float, float], version: str) -> None:
+    chosen = dict(zip(("weight_sim", "weight_cls"), weights, strict=True))
+    check_best(emulated, problem(1, 33, 12, 70, scale=20) | chosen, version)
 
 
 @VERSIONS
@@ -293,26 +309,38 @@ def check_search(arguments: dict[str, Any], scores: np.ndarray, top: int, edits:
             assert not np.isfinite(exact[:, ~used] if not reuse else exact).any()
 
 
-@VERSIONS
-@pytest.mark.parametrize(
-    ("size", "top", "edits", "reuse"),
-    [
-        ((1, 1, 2, 1), 1, 1, False),
-        ((3, 7, 31, 20), 7, 7, False),
-        ((2, 49, 33, 65), 20, 4, False),
-        ((4, 7, 5, 3), 2, 7, False),
-        ((2, 33, 257, 30), 33, 3, True),
-        ((2, 7, 5, 9), 3, 0, False),
-    ],
-    ids=str,
-)
-def test_search_against_float64(
-    emulated: ModuleType, size: tuple[int, ...], top: int, edits: int, reuse: bool, version: str
+def check_searches(
+    emulated: ModuleType, arguments: dict[str, Any], top: int, edits: int, reuse: bool, version: str
 ) -> None:
-    arguments = problem(*size, scale=0.5, seed=sum(size))
-    scores = np.random.default_rng(4).integers(0, 5, size[:2]).astype(np.float32)
-    got = search(emulated, arguments, scores, top, edits, reuse, version=version, seed=edits)
+    """Scores with ties; the same bits in any order of threads."""
+    scores = np.random.default_rng(4).integers(0, 5, arguments["similarity"].shape[:2]).astype(np.float32)
+    got = search(emulated, arguments, scores, top, edits, reuse, version=version)
     check_search(arguments, scores, top, edits, reuse, got)
+    for seed in sizes.SEEDS[1:]:
+        again = search(emulated, arguments, scores, top, edits, reuse, version=version, seed=seed)
+        assert_same_bits(got, again)
+
+
+@VERSIONS
+@each_size
+def test_search_against_float64(emulated: ModuleType, size: sizes.Replacement, version: str) -> None:
+    arguments = problem(IMAGES, *size, scale=2 / size.cells**0.5, seed=sum(size))
+    check_searches(emulated, arguments, min(20, size.cells), min(4, size.cells), False, version)
+
+
+@VERSIONS
+@pytest.mark.parametrize("options", sizes.SEARCH_OPTIONS, ids=str)
+def test_search_options(emulated: ModuleType, options: dict[str, Any], version: str) -> None:
+    arguments = problem(4, 17, 20, 150, scale=0.5, seed=1)
+    arguments |= {name: value for name, value in options.items() if name.startswith("weight")}
+    arguments["candidate_range"] = np.array([[0, 150], [10, 80], [55, 58], [150, 150]])
+    top, edits = (min(17, options.get(name, 17)) for name in ("top_cells", "max_edits"))
+    check_searches(emulated, arguments, top, edits, options.get("reuse_candidates", False), version)
+
+
+@VERSIONS
+def test_more_edits_than_candidates(emulated: ModuleType, version: str) -> None:
+    check_searches(emulated, problem(4, 7, 5, 3, scale=0.5), 2, 7, False, version)
 
 
 def test_search_with_shortlist(emulated: ModuleType) -> None:

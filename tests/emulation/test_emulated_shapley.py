@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sizes
 from emulation import float64
-from emulation.float64 import VALUES
+from sizes import VALUES
 
-SIZES = [(1, 1, 2, 1), (3, 7, 31, 3), (1, 49, 32, 5), (2, 7, 33, 35), (1, 49, 257, 2), (1, 7, 1025, 2), (2, 1, 2, 70)]
-"""B, P, C, M: below, at and above the borders of warps (32), tiles (32 x 64), class splits (256) and walks (1024)."""
+IMAGES = 2
+each_size = pytest.mark.parametrize("size", sizes.SHAPLEY, ids=sizes.names(sizes.SHAPLEY))
+VERSIONS = pytest.mark.parametrize("version", ["naive", "fast"])
 
 SMALL = (2, 7, 33, 35)
 
@@ -53,27 +55,30 @@ def largest(g: dict[str, Any]) -> float:
     return 1 + np.abs(float64.widen(g["base_logits"])).max() + np.abs(float64.widen(g["cell_logits"])).sum(1).max()
 
 
-@pytest.mark.parametrize("version", ["naive", "fast"])
+@VERSIONS
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_scores_against_float64(emulated: ModuleType, size: tuple[int, ...], value: str, version: str) -> None:
-    g = game(*size)
-    got = scores(emulated, g, value, version=version, seed=sum(size))
+@each_size
+def test_scores_against_float64(emulated: ModuleType, size: sizes.Shapley, value: str, version: str) -> None:
+    g = game(IMAGES, *size)
+    want = expected_scores(g, value)
     tolerance = 2e-6 if value == "prob" else 2e-6 * largest(g)
-    np.testing.assert_allclose(got, expected_scores(g, value), rtol=2e-6, atol=tolerance)
+    for seed in sizes.SEEDS:
+        got = scores(emulated, g, value, version=version, seed=seed)
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=tolerance)
 
 
-@pytest.mark.parametrize("version", ["naive", "fast"])
+@VERSIONS
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_walks_against_float64(emulated: ModuleType, size: tuple[int, ...], value: str, version: str) -> None:
-    g = game(*size)
-    mean, m2 = walk(emulated, g, value, version=version, seed=sum(size))
+@each_size
+def test_walks_against_float64(emulated: ModuleType, size: sizes.Shapley, value: str, version: str) -> None:
+    g = game(IMAGES, *size)
     want_mean, want_m2 = expected_tiles(g, value)
     error = 2e-6 if value == "prob" else 1e-6 * largest(g)
-    np.testing.assert_allclose(mean, want_mean, rtol=0, atol=error)
     spread = np.sqrt(want_m2.max() * 32)
-    np.testing.assert_allclose(m2, want_m2, rtol=0, atol=2 * error * spread + 32 * error**2)
+    for seed in sizes.SEEDS:
+        mean, m2 = walk(emulated, g, value, version=version, seed=seed)
+        np.testing.assert_allclose(mean, want_mean, rtol=0, atol=error)
+        np.testing.assert_allclose(m2, want_m2, rtol=0, atol=2 * error * spread + 32 * error**2)
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -85,7 +90,7 @@ def test_walks_without_antithetic_pairs(emulated: ModuleType, value: str) -> Non
     np.testing.assert_allclose(m2, want_m2, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("version", ["naive", "fast"])
+@VERSIONS
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("classes", [2, 33, 1025])
 def test_extreme_logits(emulated: ModuleType, classes: int, value: str, version: str) -> None:
@@ -145,7 +150,7 @@ def test_a_split_of_masks_does_not_show(emulated: ModuleType) -> None:
     np.testing.assert_array_equal(whole, np.concatenate(parts, 1))
 
 
-@pytest.mark.parametrize("version", ["naive", "fast"])
+@VERSIONS
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("convert", [np.float16, float64.bfloat16_bits], ids=["float16", "bfloat16"])
 def test_half_precision_inputs(emulated: ModuleType, convert: Any, value: str, version: str) -> None:

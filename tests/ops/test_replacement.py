@@ -11,6 +11,7 @@ from typing import Any
 
 import cases
 import pytest
+import sizes
 import torch
 from torch import Tensor
 
@@ -20,15 +21,7 @@ from finecf.reference import replacement as twin
 pytestmark = cases.every_implementation
 
 FLOATS = (torch.float32, torch.float64)
-# One size at a time passes a border: of vectors and class blocks, of row blocks, of candidate panels and chunks. Some
-# hundred pairs, at least, since a kernel may score few of them one by one.
-SIZES = [
-    *[(13, classes, 96) for classes in (2, 31, 32, 33, 200, 1000, 10000)],
-    *[(1, 33, 600), (8, 33, 97), (49, 33, 97), (196, 33, 48)],
-    *[(49, 33, rows) for rows in (1, 47, 48, 49, 96)],
-    (7, 33, 3000),
-]
-SIZE_NAMES = [f"P{cells}-C{classes}-N{rows}" for cells, classes, rows in SIZES]
+each_size = pytest.mark.parametrize(("cells", "classes", "rows"), sizes.REPLACEMENT, ids=sizes.names(sizes.REPLACEMENT))
 
 
 def check_best(arguments: dict[str, Any], result: ops.Replacement) -> None:
@@ -136,19 +129,12 @@ def test_a_row_is_never_nearer_to_itself_than_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(
-    ("cells", "channels", "rows"),
-    [
-        *[(7, channels, 97) for channels in (1, 7, 16, 17, 2048)],
-        *[(cells, 33, 97) for cells in (1, 4, 5, 49)],
-        *[(7, 33, rows) for rows in (1, 47, 48, 49, 96, 3000, 4097)],
-    ],
-)
+@pytest.mark.parametrize(("cells", "channels", "rows"), sizes.NEAREST, ids=sizes.names(sizes.NEAREST))
 def test_nearest_are_the_nearest(cells: int, channels: int, rows: int, dtype: torch.dtype) -> None:
     rng = cases.generator(0)
     query = cases.normal(rng, cells, channels, dtype=dtype)
     bank = cases.normal(rng, rows, channels, dtype=dtype)
-    for k in {1, min(5, rows), rows}:
+    for k in sizes.kept(rows):
         check_nearest(query, bank, k, ops.nearest_candidates(query, bank, k))
 
 
@@ -210,7 +196,7 @@ def test_nearest_of_strided_half_and_empty() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("cells", "classes", "rows"), SIZES, ids=SIZE_NAMES)
+@each_size
 def test_best_pair_is_the_best(cells: int, classes: int, rows: int, dtype: torch.dtype) -> None:
     arguments = cases.single(cases.search(2, cells, classes, rows, dtype=dtype))
     result = ops.best_replacement(**arguments)
@@ -218,10 +204,9 @@ def test_best_pair_is_the_best(cells: int, classes: int, rows: int, dtype: torch
     check_best(arguments, result)
 
 
-@pytest.mark.parametrize("scale", [3.0, 8.0, 25.0, 30.0, 200.0], ids=str)
+@pytest.mark.parametrize("scale", sizes.SPREADS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_best_pair_at_wide_spreads(dtype: torch.dtype, scale: float) -> None:
-    """From a spread of about 25 on, products of the factorised form underflow for good pairs as well."""
+def test_best_pair_at_any_spread(dtype: torch.dtype, scale: float) -> None:
     for seed in range(4):
         arguments = cases.single(cases.search(4, 7, 33, 97, scale=scale, dtype=dtype, seed=seed))
         check_best(arguments, ops.best_replacement(**arguments))
@@ -260,7 +245,7 @@ def test_products_that_lose_their_digits() -> None:
             check_edits(edits, ops.replace_until_flip(**edits))
 
 
-@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (3.5, 0.25), (1e3, 1e-3)], ids=str)
+@pytest.mark.parametrize("weights", sizes.WEIGHTS, ids=str)
 def test_weights(weights: tuple[float, float]) -> None:
     arguments = cases.single(cases.search(3, 7, 33, 97, scale=4.0))
     arguments |= {"weight_sim": weights[0], "weight_cls": weights[1]}
@@ -402,7 +387,7 @@ def test_best_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("cells", "classes", "rows"), SIZES, ids=SIZE_NAMES)
+@each_size
 def test_each_edit_is_the_best(cells: int, classes: int, rows: int, dtype: torch.dtype) -> None:
     arguments = cases.search(2, cells, classes, rows, scale=2 / cells**0.5, dtype=dtype)
     arguments["max_edits"] = 4
@@ -411,30 +396,15 @@ def test_each_edit_is_the_best(cells: int, classes: int, rows: int, dtype: torch
     check_edits(arguments, result)
 
 
-@pytest.mark.parametrize("scale", [1.0, 8.0, 27.0, 200.0], ids=str)
-def test_edits_at_wide_spreads(scale: float) -> None:
+@pytest.mark.parametrize("scale", sizes.SPREADS, ids=str)
+def test_edits_at_any_spread(scale: float) -> None:
     for seed in range(3):
         arguments = cases.search(3, 9, 33, 97, scale=scale, seed=seed)
         arguments["candidate_logits"][torch.arange(97), cases.integers(cases.generator(seed), 33, 97)] -= 2 * scale
         check_edits(arguments, ops.replace_until_flip(**arguments))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"top_cells": 1},
-        {"top_cells": 3},
-        {"top_cells": 1000},
-        {"max_edits": 0},
-        {"max_edits": 1},
-        {"max_edits": 20},
-        {"reuse_candidates": True},
-        {"weight_sim": 0.0},
-        {"weight_cls": 0.0},
-        {"top_cells": 2, "reuse_candidates": True, "weight_sim": 5.0, "weight_cls": 0.5},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", sizes.SEARCH_OPTIONS, ids=str)
 def test_options(options: dict[str, Any]) -> None:
     arguments = cases.search(4, 17, 20, 150, scale=0.5, seed=1) | options
     arguments["candidate_range"] = torch.tensor([[0, 150], [10, 80], [55, 58], [150, 150]], device=cases.DEVICE)

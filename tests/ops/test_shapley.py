@@ -7,6 +7,7 @@ import math
 
 import cases
 import pytest
+import sizes
 import torch
 from torch import Tensor
 
@@ -16,13 +17,7 @@ from finecf.reference import shapley as twin
 pytestmark = cases.every_implementation
 
 FLOATS = (torch.float32, torch.float64)
-# One size at a time passes a border: of vectors (2, 31..33), of tiles of 32 permutations, of blocks of classes.
-SIZES = [
-    *[(7, classes, 5) for classes in (2, 31, 32, 33, 200, 1000, 10000)],
-    *[(cells, 33, 4) for cells in (1, 49, 196)],
-    *[(7, 31, count) for count in (1, 31, 32, 33, 100)],
-]
-SIZE_NAMES = [f"P{cells}-C{classes}-M{count}" for cells, classes, count in SIZES]
+each_size = pytest.mark.parametrize(("cells", "classes", "count"), sizes.SHAPLEY, ids=sizes.names(sizes.SHAPLEY))
 
 
 def tolerance(game: dict, dtype: torch.dtype, value: str) -> float:
@@ -33,7 +28,7 @@ def tolerance(game: dict, dtype: torch.dtype, value: str) -> float:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("cells", "classes", "count"), SIZES, ids=SIZE_NAMES)
+@each_size
 def test_scores_match_their_definition(cells: int, classes: int, count: int, dtype: torch.dtype) -> None:
     game = cases.game(2, cells, classes, dtype)
     masks = torch.rand(count, cells, generator=cases.generator(1)).to(cases.DEVICE, dtype)
@@ -46,7 +41,7 @@ def test_scores_match_their_definition(cells: int, classes: int, count: int, dty
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("antithetic", [False, True], ids=["single", "pairs"])
-@pytest.mark.parametrize(("cells", "classes", "count"), SIZES, ids=SIZE_NAMES)
+@each_size
 def test_tiles_match_the_twin_in_float64(
     cells: int, classes: int, count: int, antithetic: bool, dtype: torch.dtype
 ) -> None:
