@@ -6,8 +6,10 @@
 //   shared_limit   bytes of shared memory a block may have, so that both staging paths can be run
 //   processors     multiprocessors to plan the grid for
 //   scratch        bytes of scratch to plan for, so that work is cut into chunks
-// Floating-point inputs are float32; cell_logits, candidate_logits, similarity, query and bank may be float16, or
-// uint16 arrays that hold bfloat16 bits. Every array is copied to memory that ends at a guard page. A fault of a kernel
+// Floating-point inputs are float32; cell_logits, candidate_logits, similarity, query, bank and both logits of
+// submodular_gains may be float16, or uint16 arrays that hold bfloat16 bits. Its other numbers are float64. The images
+// of the `regions` operators may have elements of any type of 1, 2, 4 or 8 bytes; with channels_last they come and go
+// as they lie in memory, [B, H, W, Ch]. Every array is copied to memory that ends at a guard page. A fault of a kernel
 // is a RuntimeError that names kernel, block, thread and line. `kernels()` lists the kernels that the last call ran.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -16,9 +18,12 @@
 #include <optional>
 #include <string>
 
+#include "../regions/regions_kernel.cuh"
 #include "../replacement/replacement_kernel.cuh"
 #include "../shapley/shapley_kernel.cuh"
 #include "../shapley/shapley_value.h"
+#include "../submodular/confidence_name.h"
+#include "../submodular/submodular_kernel.cuh"
 
 namespace py = pybind11;
 
@@ -271,6 +276,152 @@ py::tuple replace_until_flip(const py::array& cell_logits, const py::array& cand
                         download(n_edits, {images}), download(flipped, {images}).attr("astype")("bool"));
 }
 
+py::tuple submodular_gains(const py::array& insertion_logits, const std::optional<py::array>& deletion_logits,
+                           const py::array& image, const py::array& candidate, const py::array& distance,
+                           const py::array& running_min, const py::array& selected, const py::array& target,
+                           const py::array& weights, const std::string& confidence,
+                           const std::optional<py::array>& consistency, const std::optional<py::array>& collaboration,
+                           bool largest, const Plan& plan) {
+  if (insertion_logits.ndim() != 2 || distance.ndim() != 3)
+    throw py::value_error("insertion_logits must be [R, C] and distance [B, m, m]");
+  const int64_t rows = insertion_logits.shape(0), classes = insertion_logits.shape(1);
+  const int64_t images = distance.shape(0), regions = distance.shape(1);
+  if (deletion_logits) expect_shape("deletion_logits", *deletion_logits, {rows, classes});
+  expect_shape("image", image, {rows});
+  expect_shape("candidate", candidate, {rows});
+  expect_shape("distance", distance, {images, regions, regions});
+  expect_shape("running_min", running_min, {images, regions});
+  expect_shape("selected", selected, {images, regions});
+  expect_shape("target", target, {images});
+  expect_shape("weights", weights, {kSubmodularTerms});
+  const auto of = upload<int64_t>(image), added = upload<int64_t>(candidate), chosen = upload<int64_t>(target);
+  const auto apart = upload<double>(distance), nearest = upload<double>(running_min), weight = upload<double>(weights);
+  const auto in_set = upload_flags(selected);
+  const auto given = [&](const char* name, const std::optional<py::array>& numbers) {
+    if (numbers) expect_shape(name, *numbers, {rows});
+    return upload<double>(numbers ? *numbers : py::array_t<double>(0));
+  };
+  const auto kept = given("consistency", consistency), removed = given("collaboration", collaboration);
+  const simt::DeviceArray<double> scores(rows * kSubmodularTerms), total(rows);
+  const simt::DeviceArray<int64_t> best(images);
+  dispatch(insertion_logits, [&](auto send) {
+    const auto insertion = send(insertion_logits);
+    const auto deletion = send(deletion_logits ? *deletion_logits : insertion_logits);
+    using T = std::remove_pointer_t<decltype(insertion.data())>;
+    const GainsInput<T> in{insertion.data(),
+                           deletion_logits ? deletion.data() : nullptr,
+                           of.data(),
+                           added.data(),
+                           apart.data(),
+                           nearest.data(),
+                           in_set.data(),
+                           chosen.data(),
+                           weight.data(),
+                           consistency ? kept.data() : nullptr,
+                           collaboration ? removed.data() : nullptr,
+                           confidence_named("submodular_gains", confidence),
+                           rows,
+                           images,
+                           static_cast<int>(classes),
+                           static_cast<int>(regions)};
+    with_launcher(plan, [&](auto& launcher, Version version) {
+      run_submodular_gains(launcher, version, in, largest, scores.data(), total.data(), best.data());
+    });
+  });
+  return py::make_tuple(download(scores, {rows, kSubmodularTerms}), download(total, {rows}), download(best, {images}));
+}
+
+// Images and a baseline of the `regions` operators on the emulated device, as elements of an unsigned type T, and room
+// for `rows` outputs.
+template <typename T>
+struct Pictures {
+  simt::DeviceArray<T> images, baseline, out;
+  std::vector<py::ssize_t> shape;
+  py::dtype type;
+  Pixels<T> pixels;
+
+  Pictures(const py::array& pictures, const py::array& base, int64_t rows, bool channels_last)
+      : images(bits(pictures)),
+        baseline(bits(base)),
+        out(rows * pictures.size() / pictures.shape(0)),
+        shape(pictures.shape(), pictures.shape() + 4),
+        type(pictures.dtype()) {
+    const int64_t channels = shape[channels_last ? 3 : 1];
+    const bool one_colour = base.ndim() == 1;
+    if (one_colour) expect_shape("baseline", base, {channels});
+    if (!one_colour) expect_shape("baseline", base, {shape[0], shape[1], shape[2], shape[3]});
+    const int64_t size = pictures.size() / pictures.shape(0);
+    pixels = {images.data(), baseline.data(), out.data(), channels, size / channels, one_colour, channels_last};
+    shape[0] = rows;
+  }
+
+  py::object result() const { return download(out, shape).attr("view")(type); }
+
+ private:
+  static simt::DeviceArray<T> bits(const py::array& array) {
+    return upload<T>(array.attr("view")(py::dtype::of<T>()).template cast<py::array>());
+  }
+};
+
+// Calls work(a zero of the unsigned type as wide as the elements) and returns what it returns.
+template <typename Work>
+py::object dispatch_width(const py::array& images, Work work) {
+  if (images.ndim() != 4 || images.size() == 0) throw py::value_error("images must be four axes, none of them empty");
+  switch (images.itemsize()) {
+    case 1:
+      return work(uint8_t{0});
+    case 2:
+      return work(uint16_t{0});
+    case 4:
+      return work(uint32_t{0});
+    case 8:
+      return work(uint64_t{0});
+    default:
+      throw py::type_error("images must have elements of 1, 2, 4 or 8 bytes, got " +
+                           std::string(py::str(images.dtype())));
+  }
+}
+
+py::object compose_regions(const py::array& images, const py::array& labels, const py::array& image,
+                           const py::array& keep, const py::array& baseline, bool complement, bool channels_last,
+                           const Plan& plan) {
+  return dispatch_width(images, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t outputs = image.size(), height = images.shape(channels_last ? 1 : 2);
+    expect_shape("labels", labels, {images.shape(0), height, images.shape(channels_last ? 2 : 3)});
+    if (keep.ndim() != 2) throw py::value_error("keep must be [n, m]");
+    const int64_t regions = keep.shape(1);
+    expect_shape("keep", keep, {outputs, regions});
+    const auto map = upload<int32_t>(labels);
+    const auto of = upload<int64_t>(image);
+    const auto kept = upload_flags(keep);
+    const Pictures<T> pictures(images, baseline, complement ? 2 * outputs : outputs, channels_last);
+    with_launcher(plan, [&](auto& launcher, Version version) {
+      run_compose_regions(launcher, version, pictures.pixels, map.data(), of.data(), kept.data(), outputs, regions,
+                          complement);
+    });
+    return pictures.result();
+  });
+}
+
+// Has no naive version: each thread does what it does alone.
+py::object rank_masks(const py::array& images, const py::array& rank, const py::array& image,
+                      const py::array& threshold, const py::array& baseline, bool insert, const Plan& plan) {
+  return dispatch_width(images, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t outputs = image.size();
+    expect_shape("rank", rank, {images.shape(0), images.shape(2), images.shape(3)});
+    expect_shape("threshold", threshold, {outputs});
+    const auto place = upload<int32_t>(rank), limit = upload<int32_t>(threshold);
+    const auto of = upload<int64_t>(image);
+    const Pictures<T> pictures(images, baseline, outputs, false);
+    with_launcher(plan, [&](auto& launcher, Version) {
+      run_rank_masks(launcher, pictures.pixels, place.data(), of.data(), limit.data(), outputs, insert);
+    });
+    return pictures.result();
+  });
+}
+
 }  // namespace
 }  // namespace finecf
 
@@ -296,5 +447,13 @@ PYBIND11_MODULE(_finecf_emulated, m) {
         py::arg("similarity"), py::arg("base_logits"), py::arg("target"), py::arg("cell_scores"),
         py::arg("candidate_range"), py::arg("shortlist"), py::arg("top_cells"), py::arg("max_edits"),
         py::arg("reuse_candidates"), py::arg("weight_sim"), py::arg("weight_cls"), py::arg("plan"));
+  m.def("submodular_gains", &finecf::submodular_gains, py::arg("insertion_logits"), py::arg("deletion_logits"),
+        py::arg("image"), py::arg("candidate"), py::arg("distance"), py::arg("running_min"), py::arg("selected"),
+        py::arg("target"), py::arg("weights"), py::arg("confidence"), py::arg("consistency"), py::arg("collaboration"),
+        py::arg("largest"), py::arg("plan"));
+  m.def("compose_regions", &finecf::compose_regions, py::arg("images"), py::arg("labels"), py::arg("image"),
+        py::arg("keep"), py::arg("baseline"), py::arg("complement"), py::arg("channels_last"), py::arg("plan"));
+  m.def("rank_masks", &finecf::rank_masks, py::arg("images"), py::arg("rank"), py::arg("image"), py::arg("threshold"),
+        py::arg("baseline"), py::arg("insert"), py::arg("plan"));
   m.def("kernels", [] { return finecf::last_kernels; }, "Names of the kernels that the last call ran, in order.");
 }
