@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from torch import Tensor, nn
 
 import finecf
@@ -42,7 +43,7 @@ class Net(nn.Module):
 
 def classifier(seed: int = 0, classes: int = 5, double: bool = True) -> Any:
     net = Net(seed, classes)
-    return finecf.wrap(net.double() if double else net)
+    return finecf.wrap((net.double() if double else net).to(DEVICE))
 
 
 def pictures(count: int = 2, size: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -55,7 +56,8 @@ class Formula:
     """F(S) as the methods page writes it, for one image."""
 
     def __init__(self, clf: Any, image: Tensor, labels: Tensor, target: int, black: Tensor, **options: Any) -> None:
-        self.clf, self.image, self.labels, self.target, self.black = clf, image, labels, target, black
+        self.clf, self.image, self.target = clf, image, target
+        self.labels, self.black = labels.to(image.device), black.to(image)
         self.weights = dict.fromkeys(TERMS, 1.0) | options.get("weights", {})
         self.confidence = options.get("confidence", "entropy")
         self.variant = {name: options.get(name, "probability") for name in ("consistency", "collaboration")}
@@ -67,7 +69,7 @@ class Formula:
     def run(self, kept: set[int]) -> tuple[Tensor, Tensor]:
         key = frozenset(kept)
         if key not in self.known:
-            shown = torch.zeros(self.labels.shape, dtype=torch.bool)
+            shown = torch.zeros_like(self.labels, dtype=torch.bool)
             for region in kept:
                 shown |= self.labels == region
             x = torch.where(shown, self.image, self.black[:, None, None])[None]
@@ -176,7 +178,7 @@ def test_the_trained_net_gives_the_formulas_order() -> None:
     net, _ = load_birds_net()
     drawn = finecf.data.SyntheticBirds("test", n=2)
     images = torch.stack([drawn.tensors()[i][0] for i in range(2)])
-    clf = finecf.wrap(net)
+    images, clf = images.to(DEVICE), finecf.wrap(net.to(DEVICE))
     labels = finecf.regions.grid(128, 128, 9)
     found = finecf.SMDL(clf, baseline="mean").explain(images, regions=labels)
     for image, result in zip(images, found, strict=True):
@@ -214,7 +216,7 @@ def test_a_greedy_ranking_costs_what_the_methods_page_counts_and_less() -> None:
 
 
 def test_the_users_model_is_not_changed() -> None:
-    net = Net().train()
+    net = Net().to(DEVICE).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.warns(UserWarning, match="train mode"):
         finecf.SMDL(finecf.wrap(net, layer="block")).explain(
@@ -286,7 +288,7 @@ class Broken(Net):
 
 
 def test_nan_logits_name_step_and_region() -> None:
-    clf = finecf.wrap(Broken(), layer="block")
+    clf = finecf.wrap(Broken().to(DEVICE), layer="block")
     images = pictures(2, dtype=torch.float32) + 0.1
     with pytest.raises(ValueError, match=r"NaN or inf logits for image 0 with 0 of its regions kept"):
         finecf.SMDL(clf).explain(images, regions=finecf.regions.grid(12, 12, 4))
@@ -297,12 +299,12 @@ class Twice(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         shown = (x.mean(1)[:, [0, 0, -1, -1], [0, -1, 0, -1]] != 0).tolist()
-        bad = torch.tensor([quarters == [True, True, False, False] for quarters in shown])
+        bad = torch.tensor([quarters == [True, True, False, False] for quarters in shown], device=x.device)
         return torch.where(bad[:, None], math.nan, super().forward(x))
 
 
 def test_nan_in_the_middle_of_a_search_names_the_region() -> None:
-    clf = finecf.wrap(Twice(), layer="block")
+    clf = finecf.wrap(Twice().to(DEVICE), layer="block")
     with pytest.raises(
         ValueError, match=r"image 0 with 2 of its regions (kept|removed), region \d being tried .*step 2"
     ):
@@ -352,7 +354,7 @@ def test_bad_label_maps(labels: Tensor, message: str) -> None:
 def test_a_black_image_is_ranked_by_its_regions() -> None:
     """The share of the area is that of the regions, not of the pixels that are not black; all scores are ties."""
     (result,) = finecf.SMDL(classifier(), max_area=0.5).explain(
-        torch.zeros(3, 12, 12, dtype=torch.float64), regions=finecf.regions.grid(12, 12, 4)
+        torch.zeros(3, 12, 12, dtype=torch.float64, device=DEVICE), regions=finecf.regions.grid(12, 12, 4)
     )
     assert result.order == [0, 1]
     assert result.tied_steps == [1, 2]
@@ -379,7 +381,7 @@ class Interrupting(Net):
 
 
 def test_ctrl_c_keeps_what_is_done() -> None:
-    clf, images = finecf.wrap(Interrupting(), layer="block"), pictures(9, dtype=torch.float32)
+    clf, images = finecf.wrap(Interrupting().to(DEVICE), layer="block"), pictures(9, dtype=torch.float32)
     labels = finecf.regions.grid(12, 12, 9)
     explainer = finecf.SMDL(clf, micro_batch=4)
     whole = explainer.explain(images, regions=labels)
