@@ -2,7 +2,8 @@
 (tests/emulation) are tested over. Without torch, as the emulation is.
 
 One size at a time passes a border: of vectors and warps (2, 31..33), of tiles of 32 permutations, of row blocks,
-candidate panels and chunks, of 32 x 64 CUDA tiles, of class splits (256) and of the classes that a warp walks (1024).
+candidate panels and chunks, of 32 x 64 CUDA tiles, of class splits (256) and of the classes that a warp walks (1024);
+of the 16 rows of logits that a thread takes and the 4 of a CUDA block, and of the 256 pixels of one.
 All of it is emulated: the largest, 10,000 classes, takes 0.6 s a launch there, and the whole list under a minute. A
 size that takes much longer is to be left out where the emulation takes the list, by name and with its seconds.
 """
@@ -40,6 +41,25 @@ class Replacement(NamedTuple):
     cells: int
     classes: int
     rows: int
+
+
+class Gains(NamedTuple):
+    """Sizes of `submodular_gains`."""
+
+    candidates: int
+    regions: int
+    classes: int
+
+
+class Regions(NamedTuple):
+    """Sizes of `compose_regions`, and of `rank_masks`, which knows no regions."""
+
+    outputs: int
+    images: int
+    planes: int
+    height: int
+    width: int
+    regions: int
 
 
 SHAPLEY = [
@@ -89,12 +109,34 @@ SEARCH_OPTIONS: tuple[dict[str, float], ...] = (
 )
 
 
+SUBMODULAR = [
+    *[Gains(candidates, 7, 5) for candidates in (0, 1, 2, 3, 4, 5, 15, 16, 17, 33)],
+    *[Gains(9, 7, classes) for classes in (2, 7, 8, 9, 31, 32, 33, 1000)],
+    *[Gains(23, regions, 5) for regions in (1, 2, 31, 32, 33, 200)],
+]
+
+REGIONS = [
+    Regions(1, 1, 1, 1, 1, 1),
+    Regions(17, 3, 3, 1, 1, 5),
+    Regions(17, 2, 3, 13, 11, 1),
+    Regions(5, 2, 1, 9, 7, 6),
+    Regions(5, 2, 5, 1, 33, 6),
+    Regions(2, 2, 3, 31, 1, 40),
+    Regions(3, 1, 3, 5, 51, 2),
+    Regions(3, 1, 3, 16, 16, 49),
+    Regions(3, 1, 2, 1, 257, 300),
+    Regions(2, 1, 2, 33, 17, 256),
+    Regions(2, 1, 1, 33, 17, 257),
+]
+
+
 def kept(rows: int) -> list[int]:
     """How many of so many rows `nearest_candidates` is asked for."""
     return sorted({1, min(5, rows), rows})
 
 
-def names(sizes: Iterable[Shapley | Nearest | Replacement]) -> list[str]:
+def names(sizes: Iterable[Shapley | Nearest | Replacement | Gains | Regions]) -> list[str]:
     """Names of sizes for pytest, as P7-C33-N96, with the letter that each axis has in the contracts."""
-    letters = {"cells": "P", "classes": "C", "channels": "D", "rows": "N", "count": "M"}
+    letters = {"cells": "P", "classes": "C", "channels": "D", "rows": "N", "count": "M", "candidates": "R"}
+    letters |= {"regions": "m", "outputs": "n", "images": "B", "planes": "Ch", "height": "H", "width": "W"}
     return ["-".join(f"{letters[axis]}{n}" for axis, n in size._asdict().items()) for size in sizes]

@@ -7,20 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sizes
 
 VERSIONS = ["naive", "fast"]
 TYPES = [np.uint8, np.bool_, np.int8, np.uint16, np.float16, np.float32, np.uint32, np.int64, np.float64, np.complex64]
-SIZES = [
-    (1, 1, 1, 1, 1, 1),
-    (3, 2, 3, 1, 1, 5),
-    (2, 2, 1, 5, 51, 6),
-    (2, 1, 3, 16, 16, 33),
-    (3, 2, 5, 1, 257, 300),
-    (17, 3, 2, 7, 9, 6),
-    (2, 1, 2, 33, 17, 256),
-    (2, 1, 1, 33, 17, 257),
-]
-"""n, B, Ch, H, W, m: below, at and above the borders of blocks, of 256 pixels and of 256 regions staged at a time."""
+each_size = pytest.mark.parametrize("size", sizes.REGIONS, ids=sizes.names(sizes.REGIONS))
 
 
 def composition(
@@ -102,13 +93,14 @@ def one_colour(p: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_compositions(emulated: ModuleType, size: tuple[int, ...], last: bool, version: str) -> None:
+@each_size
+def test_compositions(emulated: ModuleType, size: sizes.Regions, last: bool, version: str) -> None:
     p = composition(*size)
-    for seed, complement in enumerate((False, True)):
+    for complement in (False, True):
         for each in (p, one_colour(p)):
-            got = compose(emulated, each, complement, last, version=version, seed=seed)
-            same_bits(got, expected_composition(each, complement))
+            expected = expected_composition(each, complement)
+            for seed in sizes.SEEDS:
+                same_bits(compose(emulated, each, complement, last, version=version, seed=seed), expected)
     assert emulated.kernels() == ["compose_naive" if version == "naive" else "compose_pixels"]
 
 
@@ -135,22 +127,14 @@ def test_more_regions_than_shared_memory_holds(emulated: ModuleType) -> None:
     same_bits(staged, expected_composition(p, complement=True))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_thread_order_does_not_show(emulated: ModuleType, seed: int) -> None:
-    p = composition(5, 2, 3, 17, 19, 6)
-    same_bits(compose(emulated, p, complement=True, seed=seed), expected_composition(p, complement=True))
-    masks = masking(5, 2, 3, 17, 19)
-    got = emulated.rank_masks(*masks.values(), True, emulated.Plan(seed=seed))
-    same_bits(got, expected_masks(masks, insert=True))
-
-
 @pytest.mark.parametrize("insert", [True, False])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_masks(emulated: ModuleType, size: tuple[int, ...], insert: bool) -> None:
+@each_size
+def test_masks(emulated: ModuleType, size: sizes.Regions, insert: bool) -> None:
     p = masking(*size[:-1])
-    for seed, each in enumerate((p, one_colour(p))):
-        got = emulated.rank_masks(*each.values(), insert, emulated.Plan(seed=seed))
-        same_bits(got, expected_masks(each, insert))
+    for each in (p, one_colour(p)):
+        for seed in sizes.SEEDS:
+            got = emulated.rank_masks(*each.values(), insert, emulated.Plan(seed=seed))
+            same_bits(got, expected_masks(each, insert))
     assert emulated.kernels() == ["mask_ranks"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import cases
 import pytest
+import sizes
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,19 +28,10 @@ DTYPES = (
     *(torch.int32, torch.uint32, torch.float32),
     *(torch.int64, torch.uint64, torch.float64, torch.complex64, torch.complex128),
 )
-# Outputs, images, channels, height, width, regions. 256 pixels are a block of the CUDA kernel.
-SIZES = [
-    (1, 1, 1, 1, 1, 1),
-    (17, 3, 3, 1, 1, 5),
-    (5, 2, 1, 9, 7, 6),
-    (5, 2, 5, 1, 33, 6),
-    (2, 2, 3, 31, 1, 40),
-    (3, 1, 3, 5, 51, 2),
-    (3, 1, 3, 16, 16, 49),
-    (3, 1, 2, 1, 257, 300),
-    (17, 2, 3, 13, 11, 1),
-    (0, 2, 3, 9, 7, 6),
-]
+
+# No output at all is one size more here: CUDA launches nothing for it.
+SIZES = [*sizes.REGIONS, sizes.Regions(0, 2, 3, 9, 7, 6)]
+each_size = pytest.mark.parametrize("size", SIZES, ids=sizes.names(SIZES))
 
 
 def bits(values: Tensor) -> Tensor:
@@ -65,9 +57,9 @@ def random_pixels(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 
 
 def composition(
-    sizes: tuple[int, ...] = (5, 2, 3, 9, 7, 6), dtype: torch.dtype = torch.float32, seed: int = 0
+    size: tuple[int, ...] = (5, 2, 3, 9, 7, 6), dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Any]:
-    outputs, images, channels, height, width, regions = sizes
+    outputs, images, channels, height, width, regions = size
     given_sizes = {"outputs": outputs, "images": images, "height": height, "width": width, "regions": regions}
     arguments: dict[str, Any] = cases.composition(**given_sizes, channels=channels, seed=seed)
     arguments["images"] = random_pixels(dtype, images, channels, height, width, seed=seed)
@@ -76,11 +68,11 @@ def composition(
 
 
 def masking(
-    sizes: tuple[int, ...] = (5, 2, 3, 9, 7, 6), dtype: torch.dtype = torch.float32, seed: int = 0
+    size: tuple[int, ...] = (5, 2, 3, 9, 7, 6), dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Any]:
     """Arguments of `rank_masks`: every rank once in each image, thresholds at both ends and between."""
-    arguments = composition(sizes, dtype, seed)
-    outputs, images, _, height, width, _ = sizes
+    arguments = composition(size, dtype, seed)
+    outputs, images, _, height, width, _ = size
     pixels = height * width
     rng = cases.generator(seed + 2)
     ranks = [torch.randperm(pixels, generator=rng).view(height, width) for _ in range(images)]
@@ -144,9 +136,9 @@ def bits_of(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_compositions_match_their_definition(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    arguments = composition(sizes, dtype)
+@each_size
+def test_compositions_match_their_definition(size: sizes.Regions, dtype: torch.dtype) -> None:
+    arguments = composition(size, dtype)
     for colour in (False, True):
         if colour:
             arguments["baseline"] = arguments["baseline"][0, :, 0, 0].clone()
@@ -278,15 +270,15 @@ def test_arguments_are_left_as_they_are() -> None:
 
 
 def test_empty_in_empty_out() -> None:
-    for sizes in ((0, 2, 3, 9, 7, 6), (0, 0, 3, 9, 7, 6), (4, 2, 0, 9, 7, 6), (4, 2, 3, 0, 7, 6), (4, 2, 3, 9, 0, 0)):
-        outputs, _, *shape, _ = sizes
+    for size in ((0, 2, 3, 9, 7, 6), (0, 0, 3, 9, 7, 6), (4, 2, 0, 9, 7, 6), (4, 2, 3, 0, 7, 6), (4, 2, 3, 9, 0, 0)):
+        outputs, _, *shape, _ = size
         arguments = composition((4, 2, 3, 9, 7, 6))
         arguments = {
-            "images": torch.zeros(sizes[1], *shape),
-            "labels": torch.zeros(sizes[1], *shape[1:], dtype=torch.int32),
+            "images": torch.zeros(size[1], *shape),
+            "labels": torch.zeros(size[1], *shape[1:], dtype=torch.int32),
             "image": torch.zeros(outputs, dtype=torch.int64),
-            "keep": torch.zeros(outputs, sizes[5], dtype=torch.bool),
-            "baseline": torch.zeros(sizes[1], *shape),
+            "keep": torch.zeros(outputs, size[5], dtype=torch.bool),
+            "baseline": torch.zeros(size[1], *shape),
         }
         arguments = {name: each.to(cases.DEVICE) for name, each in arguments.items()}
         for baseline in (arguments["baseline"], torch.zeros(shape[0], device=cases.DEVICE)):
@@ -307,8 +299,8 @@ def test_empty_in_empty_out() -> None:
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_compositions_of_every_shape(data: st.DataObject) -> None:
-    sizes = tuple(data.draw(st.integers(low, high)) for low, high in ((0, 6), (1, 3), (1, 5), (1, 9), (1, 40), (1, 9)))
-    arguments = composition(sizes, data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 1000)))
+    size = tuple(data.draw(st.integers(low, high)) for low, high in ((0, 6), (1, 3), (1, 5), (1, 9), (1, 40), (1, 9)))
+    arguments = composition(size, data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 1000)))
     if data.draw(st.booleans()):  # regions in one piece, as superpixels are: long runs
         arguments["labels"] = arguments["labels"].sort(-1).values
     if data.draw(st.booleans()):
@@ -322,10 +314,10 @@ def test_compositions_of_every_shape(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("insert", [True, False])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_masks_match_their_definition(sizes: tuple[int, ...], insert: bool) -> None:
+@each_size
+def test_masks_match_their_definition(size: sizes.Regions, insert: bool) -> None:
     for dtype in (torch.uint8, torch.float32, torch.float64):
-        arguments = masking(sizes, dtype)
+        arguments = masking(size, dtype)
         result = ops.rank_masks(**arguments, insert=insert)
         assert result.is_contiguous()
         assert same_bits(result, exact_masks(**arguments, insert=insert))
@@ -358,8 +350,8 @@ def test_ranks_may_repeat_and_be_negative() -> None:
 @given(data=st.data())
 def test_masks_of_every_shape(data: st.DataObject) -> None:
     """Deletion is insertion with the image and the baseline exchanged; both are as defined."""
-    sizes = tuple(data.draw(st.integers(low, high)) for low, high in ((0, 6), (1, 3), (1, 5), (1, 9), (1, 40)))
-    arguments = masking((*sizes, 2), data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 1000)))
+    size = tuple(data.draw(st.integers(low, high)) for low, high in ((0, 6), (1, 3), (1, 5), (1, 9), (1, 40)))
+    arguments = masking((*size, 2), data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 1000)))
     inserted = ops.rank_masks(**arguments)
     assert same_bits(inserted, exact_masks(**arguments, insert=True))
     exchanged = arguments | {"images": arguments["baseline"], "baseline": arguments["images"]}

@@ -11,6 +11,7 @@ from typing import Any
 
 import cases
 import pytest
+import sizes
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,13 +24,6 @@ pytestmark = cases.every_implementation
 FLOATS = (torch.float32, torch.float64)
 CONFIDENCES = ("entropy", "evidential")
 ROWWISE = ("insertion_logits", "deletion_logits", "image", "candidate", "consistency", "collaboration")
-# One size at a time passes a border: of vectors and warps (2, 31..33), of tiles of 16 rows, of one region.
-SIZES = [
-    *[(rows, 7, 5) for rows in (0, 1, 2, 15, 16, 17, 33)],
-    *[(9, 7, classes) for classes in (2, 7, 8, 9, 31, 32, 33, 1000)],
-    *[(23, regions, 5) for regions in (1, 2, 31, 32, 33, 200)],
-]
-SIZE_NAMES = [f"R{rows}-m{regions}-C{classes}" for rows, regions, classes in SIZES]
 
 
 def nearest(distance: Tensor, selected: Tensor) -> Tensor:
@@ -131,10 +125,9 @@ def same(one: ops.Gains, other: ops.Gains) -> bool:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("confidence", CONFIDENCES)
-@pytest.mark.parametrize(("rows", "regions", "classes"), SIZES, ids=SIZE_NAMES)
-def test_scores_match_their_definition(
-    rows: int, regions: int, classes: int, confidence: str, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("size", sizes.SUBMODULAR, ids=sizes.names(sizes.SUBMODULAR))
+def test_scores_match_their_definition(size: sizes.Gains, confidence: str, dtype: torch.dtype) -> None:
+    rows, regions, classes = size
     for seed in range(2):
         arguments = problem(rows, 3, regions, classes, dtype, seed) | {"confidence": confidence}
         result = check(arguments | {"largest": seed == 0})
