@@ -2,11 +2,16 @@
 // version leave alone. Prints "right", "wrong" or "fault MESSAGE". FINECF_CASE chooses the operator, so that each
 // mutant compiles little.
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <random>
 
 #if FINECF_CASE == 2
 #include "replacement/replacement_kernel.cuh"
+#elif FINECF_CASE == 4
+#include "submodular/submodular_kernel.cuh"
+#elif FINECF_CASE == 5
+#include "regions/regions_kernel.cuh"
 #else
 #include "shapley/shapley_kernel.cuh"
 #endif
@@ -84,6 +89,72 @@ bool right(uint64_t seed) {
     if (alike && (found.data()[0] != 0 || found.data()[1] != 2)) return false;
   }
   return true;
+#elif FINECF_CASE == 4  // submodular_gains: more than one block of rows and of images; then every row alike
+  constexpr int64_t kRows = 37, kImages = 5, kRegions = 40, kClasses = 35;
+  const auto insertion = normal(kRows * kClasses, 1), deletion = normal(kRows * kClasses, 2);
+  const auto draws = normal(kImages * kRegions * kRegions, 3);
+  const simt::DeviceArray<double> distance(kImages * kRegions * kRegions), weights(4);
+  for (int64_t i = 0; i < distance.size(); ++i) distance.data()[i] = std::fabs(draws.data()[i]);
+  const auto running_min = filled<double>(kImages * kRegions, 0.75), alike = filled<double>(kRows, 0.5);
+  const auto selected = filled<unsigned char>(kImages * kRegions, 1);
+  const auto target = filled<int64_t>(kImages, 33);
+  const simt::DeviceArray<int64_t> image(kRows), candidate(kRows);
+  for (int64_t r = 0; r < kRows; ++r) {
+    image.data()[r] = r % (kImages - 1);
+    candidate.data()[r] = kRows - r;
+  }
+  for (const bool ties : {false, true}) {
+    for (int i = 0; i < 4; ++i) weights.data()[i] = ties && i != 2 ? 0 : 1 + i;
+    const finecf::GainsInput<float> in{insertion.data(),
+                                       deletion.data(),
+                                       image.data(),
+                                       candidate.data(),
+                                       distance.data(),
+                                       running_min.data(),
+                                       selected.data(),
+                                       target.data(),
+                                       weights.data(),
+                                       ties ? alike.data() : nullptr,
+                                       nullptr,
+                                       finecf::Confidence::kEntropy,
+                                       kRows,
+                                       kImages,
+                                       kClasses,
+                                       kRegions};
+    const simt::DeviceArray<double> fast(kRows * 5), naive(kRows * 5);
+    const simt::DeviceArray<int64_t> picked(2 * kImages);
+    for (const auto version : {Version::kFast, Version::kNaive}) {
+      const bool quick = version == Version::kFast;
+      double* const out = (quick ? fast : naive).data();
+      run_submodular_gains(launcher, version, in, true, out, out + 4 * kRows, picked.data() + (quick ? 0 : kImages));
+    }
+    for (int64_t i = 0; i < fast.size(); ++i)
+      if (!(std::fabs(fast.data()[i] - naive.data()[i]) <= 1e-12)) return false;
+    for (int64_t b = 0; b < kImages; ++b)
+      if (picked.data()[b] != picked.data()[kImages + b]) return false;
+  }
+  return true;
+#elif FINECF_CASE == 5  // compose_regions: outputs that choose otherwise in blocks that follow one another
+  constexpr int64_t kImages = 2, kOutputs = 3, kChannels = 2, kPixels = 300, kRegions = 70, kSize = kChannels * kPixels;
+  const simt::DeviceArray<uint8_t> images(kImages * kSize), baseline(kImages * kSize);
+  for (int64_t i = 0; i < images.size(); ++i) {
+    images.data()[i] = static_cast<uint8_t>(i % 101);
+    baseline.data()[i] = static_cast<uint8_t>(101 + i % 97);
+  }
+  const simt::DeviceArray<int32_t> labels(kImages * kPixels);
+  for (int64_t i = 0; i < labels.size(); ++i) labels.data()[i] = static_cast<int32_t>(i * 37 % kRegions);
+  const simt::DeviceArray<int64_t> image(kOutputs);
+  const simt::DeviceArray<unsigned char> keep(kOutputs * kRegions);
+  for (int64_t i = 0; i < kOutputs; ++i) image.data()[i] = i % kImages;
+  for (int64_t i = 0; i < keep.size(); ++i) keep.data()[i] = (i / kRegions + i) % 3 == 0;
+  const simt::DeviceArray<uint8_t> fast(2 * kOutputs * kSize), naive(2 * kOutputs * kSize);
+  for (const auto version : {Version::kFast, Version::kNaive}) {
+    const finecf::Pixels<uint8_t> pixels{
+        images.data(), baseline.data(), (version == Version::kFast ? fast : naive).data(), kChannels, kPixels, false,
+        false};
+    run_compose_regions(launcher, version, pixels, labels.data(), image.data(), keep.data(), kOutputs, kRegions, true);
+  }
+  return std::memcmp(fast.data(), naive.data(), static_cast<size_t>(fast.size())) == 0;
 #else                   // permutation_shapley_tiles: a staged walk, two tiles of samples
   constexpr int64_t kCount = 33, kCells = 9, kClasses = 5;
   const auto cell = normal(kCells * kClasses, 1), base = normal(kClasses, 2);

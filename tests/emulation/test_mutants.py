@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SEEDS = range(3)
 
-SCORES, REPLACEMENT, WALKS = 1, 2, 3
+SCORES, REPLACEMENT, WALKS, GAINS, COMPOSITION = 1, 2, 3, 4, 5
 """The operator that mutant_main.cpp runs."""
 
 
@@ -86,6 +86,42 @@ MUTANTS = {
         REPLACEMENT,
         "wrong",
     ),
+    "removed barrier after staging a choice": Mutant(
+        "regions/regions_kernel.cuh", "__syncthreads();  // the choice of output i is staged", "", COMPOSITION, "wrong"
+    ),
+    "choice of the output before": Mutant(
+        "regions/regions_kernel.cuh",
+        "chosen[s] = keep[i * regions + s];",
+        "chosen[s] = keep[(i > 0 ? i - 1 : 0) * regions + s];",
+        COMPOSITION,
+        "wrong",
+    ),
+    "pixels beyond the last": Mutant(
+        "regions/regions_kernel.cuh", "if (pixel < p.pixels) {", "if (pixel <= p.pixels) {", COMPOSITION, "fault"
+    ),
+    "complement at the wrong place": Mutant(
+        "regions/regions_kernel.cuh",
+        "write_pixel(p, b, outputs + i, pixel, !kept);",
+        "write_pixel(p, b, outputs + i, pixel, kept);",
+        COMPOSITION,
+        "wrong",
+    ),
+    "tie to the highest candidate": Mutant("simt/reduce.cuh", "a.cell < b.cell :", "a.cell > b.cell :", GAINS, "wrong"),
+    "the candidate's own distance dropped": Mutant(
+        "submodular/submodular_kernel.cuh",
+        "if (warp_sum(others) != 0) effectiveness",
+        "if (warp_sum(others) < 0) effectiveness",
+        GAINS,
+        "wrong",
+    ),
+    "maximum of a lane alone": Mutant("submodular/submodular_kernel.cuh", "peak = warp_max(peak);", "", GAINS, "wrong"),
+    "every second row dropped": Mutant(
+        "submodular/submodular_kernel.cuh",
+        "for (int64_t r = lane; r < rows; r += kWarp) {",
+        "for (int64_t r = lane; r < rows; r += 2 * kWarp) {",
+        GAINS,
+        "wrong",
+    ),
 }
 
 
@@ -99,7 +135,7 @@ def outcomes(build, tree: Path, case: int) -> list[str]:
     return runs
 
 
-@pytest.mark.parametrize("case", [SCORES, REPLACEMENT, WALKS])
+@pytest.mark.parametrize("case", [SCORES, REPLACEMENT, WALKS, GAINS, COMPOSITION])
 def test_the_kernels_as_they_are_pass(build, case: int) -> None:
     assert outcomes(build, CSRC, case) == ["right"] * len(SEEDS)
 
@@ -108,7 +144,7 @@ def test_the_kernels_as_they_are_pass(build, case: int) -> None:
 def test_a_mutant_is_caught(build, tmp_path: Path, name: str) -> None:
     mutant = MUTANTS[name]
     tree = tmp_path / "csrc"
-    for folder in ("simt", "shapley", "replacement"):
+    for folder in ("simt", "shapley", "replacement", "submodular", "regions"):
         shutil.copytree(CSRC / folder, tree / folder, ignore=shutil.ignore_patterns("*.cpp", "*.cu"))
     source = (tree / mutant.file).read_text()
     assert source.count(mutant.line) == 1, f"{mutant.file} must hold {mutant.line!r} once: adapt the mutation"
