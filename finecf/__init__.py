@@ -13,7 +13,7 @@ from finecf._native import build_info
 from finecf._version import __version__
 
 if TYPE_CHECKING:
-    from finecf import data, explainers, metrics, models, ops, reference, regions, report, training
+    from finecf import compat, data, explainers, metrics, models, ops, reference, regions, report, training
     from finecf.explainers import FGVCE, SMDL, FGVCEExplanation, SMDLExplanation, load
     from finecf.models import CandidateBank, Classifier, HeadFold, wrap
 
@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str | None] = {
     "HeadFold": "finecf.models",
     "SMDL": "finecf.explainers",
     "SMDLExplanation": "finecf.explainers",
+    "compat": None,
     "data": None,
     "explainers": None,
     "load": "finecf.explainers",
@@ -49,6 +50,7 @@ __all__ = [
     "SMDLExplanation",
     "__version__",
     "build_info",
+    "compat",
     "data",
     "explainers",
     "load",

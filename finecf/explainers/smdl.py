@@ -107,7 +107,7 @@ class SMDL:
         self.regions = regions if callable(regions) else one_of("regions", regions, METHODS)
         self.region_count = region_count
         self.search = one_of("search", search, tuple(SEARCHES))
-        self.weights = _weights(weights)
+        self.weights = checked_weights(weights)
         self.terms = Terms(
             torch.tensor([self.weights[name] for name in TERMS], dtype=torch.float64),
             one_of("confidence", confidence, CONFIDENCES),
@@ -470,7 +470,8 @@ def rank_saliency(order: Sequence[int], total: Tensor, empty_score: float, regio
     return saliency
 
 
-def _weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The weights of all four terms by name, refused where one is unknown, negative or no number."""
     chosen = dict.fromkeys(TERMS, 1.0)
     for name, weight in (weights or {}).items():
         if name not in chosen:
