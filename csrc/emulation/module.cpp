@@ -6,11 +6,13 @@
 //   shared_limit   bytes of shared memory a block may have, so that both staging paths can be run
 //   processors     multiprocessors to plan the grid for
 //   scratch        bytes of scratch to plan for, so that work is cut into chunks
+//   only_plan      note the launches and run none: results are NaN bytes
 // Floating-point inputs are float32; cell_logits, candidate_logits, similarity, query, bank and both logits of
 // submodular_gains may be float16, or uint16 arrays that hold bfloat16 bits. Its other numbers are float64. The images
 // of the `regions` operators may have elements of any type of 1, 2, 4 or 8 bytes; with channels_last they come and go
 // as they lie in memory, [B, H, W, Ch]. Every array is copied to memory that ends at a guard page. A fault of a kernel
-// is a RuntimeError that names kernel, block, thread and line. `kernels()` lists the kernels that the last call ran.
+// is a RuntimeError that names kernel, block, thread and line. `kernels()` and `launches()` list what the last call
+// ran.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,7 +32,7 @@ namespace py = pybind11;
 namespace finecf {
 namespace {
 
-std::vector<std::string> last_kernels;
+std::vector<simt::Launch> last_launches;
 
 struct Plan {
   uint64_t seed;
@@ -38,6 +40,7 @@ struct Plan {
   size_t shared_limit;
   int processors;
   size_t scratch;
+  bool only_plan;
 };
 
 Version parse_version(const std::string& name) {
@@ -49,9 +52,9 @@ Version parse_version(const std::string& name) {
 // Runs `work(launcher, version)` and remembers which kernels it used.
 template <typename Work>
 void with_launcher(const Plan& plan, Work work) {
-  simt::HostLauncher launcher(plan.seed, plan.shared_limit, plan.processors, plan.scratch);
+  simt::HostLauncher launcher(plan.seed, plan.shared_limit, plan.processors, plan.scratch, plan.only_plan);
   work(launcher, parse_version(plan.version));
-  last_kernels = launcher.kernels();
+  last_launches = launcher.launches();
 }
 
 void expect_shape(const char* name, const py::array& array, std::initializer_list<int64_t> shape) {
@@ -429,11 +432,12 @@ PYBIND11_MODULE(_finecf_emulated, m) {
   using finecf::Plan;
   m.doc() = "The CUDA kernels of finecf, unmodified, on the host: numpy in and out, for tests.";
   py::class_<Plan>(m, "Plan", "How to run a launch: see csrc/emulation/module.cpp.")
-      .def(py::init([](uint64_t seed, std::string version, size_t shared_limit, int processors, size_t scratch) {
-             return Plan{seed, std::move(version), shared_limit, processors, scratch};
+      .def(py::init([](uint64_t seed, std::string version, size_t shared_limit, int processors, size_t scratch,
+                       bool only_plan) {
+             return Plan{seed, std::move(version), shared_limit, processors, scratch, only_plan};
            }),
            py::kw_only(), py::arg("seed") = 0, py::arg("version") = "fast", py::arg("shared_limit") = 232448,
-           py::arg("processors") = 2, py::arg("scratch") = size_t{64} << 20);
+           py::arg("processors") = 2, py::arg("scratch") = size_t{64} << 20, py::arg("only_plan") = false);
   m.def("masked_class_scores", &finecf::masked_class_scores, py::arg("cell_logits"), py::arg("base_logits"),
         py::arg("masks"), py::arg("target"), py::arg("value"), py::arg("plan"));
   m.def("permutation_shapley_tiles", &finecf::permutation_shapley_tiles, py::arg("cell_logits"), py::arg("base_logits"),
@@ -455,5 +459,21 @@ PYBIND11_MODULE(_finecf_emulated, m) {
         py::arg("keep"), py::arg("baseline"), py::arg("complement"), py::arg("channels_last"), py::arg("plan"));
   m.def("rank_masks", &finecf::rank_masks, py::arg("images"), py::arg("rank"), py::arg("image"), py::arg("threshold"),
         py::arg("baseline"), py::arg("insert"), py::arg("plan"));
-  m.def("kernels", [] { return finecf::last_kernels; }, "Names of the kernels that the last call ran, in order.");
+  m.def(
+      "kernels",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& launch : finecf::last_launches) names.push_back(launch.kernel);
+        return names;
+      },
+      "Names of the kernels that the last call ran, in order.");
+  m.def(
+      "launches",
+      [] {
+        py::list all;
+        for (const auto& launch : finecf::last_launches)
+          all.append(py::make_tuple(launch.kernel, launch.grid, launch.block, launch.dynamic_bytes));
+        return all;
+      },
+      "The same with their sizes: (kernel, blocks, threads of a block, bytes of dynamic shared memory).");
 }

@@ -39,6 +39,11 @@
 #include <utility>
 #include <vector>
 
+#if defined(__has_feature) && !defined(__SANITIZE_ADDRESS__)  // clang says it otherwise than gcc
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -694,12 +699,24 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_byt
   }
 }
 
+// What a kernel was launched with.
+struct Launch {
+  std::string kernel;
+  unsigned grid, block;
+  size_t dynamic_bytes;
+};
+
 // The host's side of the launcher that the drivers in the *_kernel.cuh files are written against (its CUDA twin is
-// common/cuda_launch.h): runs kernels in order, hands out scratch that lives as long as the launcher.
+// common/cuda_launch.h): runs kernels in order, hands out scratch that lives as long as the launcher. With `only_plan`
+// the launches are noted and not run, so that sizes can be asked about that would take minutes.
 class HostLauncher {
  public:
-  HostLauncher(uint64_t seed, size_t shared_limit, int multiprocessors, size_t scratch_budget)
-      : seed_(seed), shared_limit_(shared_limit), multiprocessors_(multiprocessors), scratch_budget_(scratch_budget) {}
+  HostLauncher(uint64_t seed, size_t shared_limit, int multiprocessors, size_t scratch_budget, bool only_plan = false)
+      : seed_(seed),
+        shared_limit_(shared_limit),
+        multiprocessors_(multiprocessors),
+        scratch_budget_(scratch_budget),
+        only_plan_(only_plan) {}
 
   template <typename... Parameters, typename... Arguments>
   void run(const char* name, void (*kernel)(Parameters...), unsigned grid, unsigned block, size_t shared,
@@ -707,27 +724,30 @@ class HostLauncher {
     if (shared > shared_limit_)
       throw Fault(std::string("kernel ") + name + " asks for " + std::to_string(shared) +
                   " bytes of shared memory; the limit is " + std::to_string(shared_limit_));
-    launch(name, dim3(grid), dim3(block), shared, seed_++, [&] { kernel(static_cast<Parameters>(arguments)...); });
-    kernels_.emplace_back(name);
+    if (!only_plan_)
+      launch(name, dim3(grid), dim3(block), shared, seed_++, [&] { kernel(static_cast<Parameters>(arguments)...); });
+    launches_.push_back({name, grid, block, shared});
   }
   template <typename T>
   T* scratch(int64_t count) {
-    scratch_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(count) * sizeof(T)));
+    const size_t bytes = only_plan_ ? 0 : static_cast<size_t>(count) * sizeof(T);
+    scratch_.push_back(std::make_unique<GuardedBytes>(bytes));
     return reinterpret_cast<T*>(scratch_.back()->data());
   }
   size_t shared_limit() const { return shared_limit_; }
   size_t scratch_budget() const { return scratch_budget_; }
   int multiprocessors() const { return multiprocessors_; }
-  // Names of the kernels run so far, for tests that must know which path was taken.
-  const std::vector<std::string>& kernels() const { return kernels_; }
+  // The launches so far, for tests that must know which path was taken and what it asked for.
+  const std::vector<Launch>& launches() const { return launches_; }
 
  private:
   uint64_t seed_;
   size_t shared_limit_;
   int multiprocessors_;
   size_t scratch_budget_;
+  bool only_plan_;
   std::vector<std::unique_ptr<GuardedBytes>> scratch_;
-  std::vector<std::string> kernels_;
+  std::vector<Launch> launches_;
 };
 
 }  // namespace simt
@@ -787,6 +807,12 @@ T atomicAdd(T* address, T value) {
   return old;
 }
 template <typename T>
+T atomicSub(T* address, T value) {
+  const T old = *address;
+  *address = old - value;
+  return old;
+}
+template <typename T>
 T atomicMin(T* address, T value) {
   const T old = *address;
   *address = std::min(old, value);
@@ -796,6 +822,24 @@ template <typename T>
 T atomicMax(T* address, T value) {
   const T old = *address;
   *address = std::max(old, value);
+  return old;
+}
+template <typename T>
+T atomicAnd(T* address, T value) {
+  const T old = *address;
+  *address = old & value;
+  return old;
+}
+template <typename T>
+T atomicOr(T* address, T value) {
+  const T old = *address;
+  *address = old | value;
+  return old;
+}
+template <typename T>
+T atomicXor(T* address, T value) {
+  const T old = *address;
+  *address = old ^ value;
   return old;
 }
 template <typename T>

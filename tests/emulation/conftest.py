@@ -23,7 +23,9 @@ FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 Build = Callable[..., Path]
 
 
-def _compiler() -> str:
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """The C++ compiler: CXX, else the system's."""
     for name in (os.environ.get("CXX"), "c++", "g++"):
         found = shutil.which(name) if name else None
         if found:
@@ -38,11 +40,10 @@ def _headers(tree: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def build() -> Build:
+def build(compiler: str) -> Build:
     """Compile one file against a csrc tree, unless the same was compiled before: build(source, name, *flags, csrc)."""
 
     def run(source: Path, name: str, *flags: str, csrc: Path = CSRC) -> Path:
-        compiler = _compiler()
         arguments = [*FLAGS, *flags]
         content = hashlib.sha256("\0".join([compiler, sys.version, *arguments]).encode())
         for path in [source, *_headers(csrc)]:

@@ -92,3 +92,36 @@ def losses(arguments: dict, image: int, logits: NDArray) -> Array:
             listed[cell, rows[(rows >= 0) & (rows < out.shape[1])]] = True
         allowed &= listed
     return np.where(allowed, out, np.inf)
+
+
+def search(arguments: dict, base: NDArray, scores: NDArray, top: int, edits: int, reuse: bool) -> tuple[list, float]:
+    """What `replace_until_flip` returns, all edits decided in float64, and the narrowest margin of any decision."""
+    cell_logits, candidates = widen(arguments["cell_logits"]), widen(arguments["candidate_logits"])
+    images, cells, classes = cell_logits.shape
+    chosen, taken = np.full((2, images, edits), -1)
+    loss = np.full((images, edits), np.inf)
+    path = np.zeros((images, edits + 1, classes))
+    count, flipped = np.zeros(images, int), np.zeros(images, bool)
+    margin = np.inf
+    for b in range(images):
+        logits = widen(base)[b] + cell_logits[b].sum(0)
+        left = list(np.argsort(-scores[b], kind="stable"))
+        used = np.zeros(len(candidates), bool)
+        for t in range(edits + 1):
+            path[b, t:] = logits
+            second, first = np.sort(logits)[-2:]
+            margin = min(margin, first - second)
+            flipped[b] = logits.argmax() == arguments["target"][b]
+            exact = np.full((cells, len(candidates)), np.inf)
+            exact[left[:top]] = losses(arguments, b, logits)[left[:top]]
+            exact[:, used & (not reuse)] = np.inf
+            if flipped[b] or t == edits or not np.isfinite(exact).any():
+                count[b] = t
+                break
+            p, n = np.unravel_index(exact.argmin(), exact.shape)
+            chosen[b, t], taken[b, t], loss[b, t] = p, n, exact[p, n]
+            margin = min(margin, np.partition(exact, 1, None)[1] - exact[p, n]) if exact.size > 1 else margin
+            logits = logits - cell_logits[b, p] + candidates[n]
+            left.remove(p)
+            used[n] = True
+    return [chosen, taken, loss, path, count, flipped], margin
