@@ -21,21 +21,24 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import finecf
 from finecf.data import ImageFolderDataset, LabelledImages, SyntheticBirds, digits
-from finecf.explainers import FGVCE, PRESETS
+from finecf.explainers import FGVCE, PRESETS, SMDL, FGVCEExplanation
+from finecf.explainers._subset import SEARCHES
 from finecf.explainers.fgvce import MICRO_BATCH
-from finecf.metrics import dilate_masks, share_on_mask
+from finecf.explainers.smdl import BASELINES
+from finecf.metrics import area_before, dilate_masks, share_on_mask
 from finecf.metrics.evaluate import Mistake, evaluate_birds, find_mistakes
 from finecf.models import CandidateBank, Classifier, wrap
 from finecf.models.layers import close_names
+from finecf.regions import METHODS as DIVISIONS
 from finecf.report import Run, Truth
-from finecf.report.run import ASKED, MISTAKES
+from finecf.report.run import ASKED, MISTAKES, PREDICTED
 from finecf.training import load_birds_net, load_digits_net, train_birds, train_digits
 
 app = typer.Typer(
@@ -48,6 +51,15 @@ app = typer.Typer(
 DEMO_REFERENCES = 800
 DEMO_CHOICE = 3
 DEMO_EDITS = 10
+DEMO_RANKED = 4
+"""So many of the demo's mistakes are also explained by SMDL, which takes a second or two for each."""
+SMDL_BATCH = 4
+METHODS = ("fgvce", "smdl")
+OPTIONS_OF = {
+    "fgvce": ("preset", "max_edits", "minimal"),
+    "smdl": ("regions", "region_count", "search", "max_regions", "baseline"),
+}
+"""The options of `explain` that only one method has."""
 EVALUATE_IMAGES = 20_000
 SLOW_HEAD_EDITS = 10
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -84,27 +96,32 @@ def demo(
 ) -> None:
     """Explain real mistakes of a small shipped network and grade the explanations against the known answer."""
     started = time.perf_counter()
-    runs = {"birds": _demo_birds, "digits": _demo_digits}
+    runs: dict[str, Callable[[int], list[Run]]] = {"birds": _demo_birds, "digits": _demo_digits}
     if dataset not in runs:
         raise ValueError(f"--dataset must be one of {', '.join(runs)}; got {dataset!r}")
     _make_folder(out)
-    runs[dataset](n).publish(out)
+    first, *more = runs[dataset](n)
+    first.publish(out, [("smdl", run) for run in more])
     rich.print(f"The whole demo took {time.perf_counter() - started:.0f} s.")
 
 
 @app.command()
 @_sentences
 def explain(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="torchvision:NAME, or FILE.py:FUNCTION that returns a torch.nn.Module.")],
     data: Annotated[Path, typer.Option(help="Folder of images, one subfolder for each class.")],
-    method: Annotated[str, typer.Option(help="The explainer.")] = "fgvce",
+    method: Annotated[str, typer.Option(help=f"The explainer: {' or '.join(METHODS)}.")] = "fgvce",
     weights: Annotated[Path | None, typer.Option(help="State dict: .safetensors, or a file of torch.save.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Explain this image; needs --target.")] = None,
-    target: Annotated[str | None, typer.Option(help="The class that --image is to be taken for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Explain this image; fgvce needs --target.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="The class that --image is to be taken for; default for smdl: what it is taken for."),
+    ] = None,
     all_mistakes: Annotated[
         bool, typer.Option("--all-mistakes", help="Explain every wrongly classified image.")
     ] = False,
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fgvce",
+    preset: Annotated[str, typer.Option(help=f"fgvce: one of {', '.join(PRESETS)}.")] = "fgvce",
     out: OutDir = Path("finecf-out"),
     labels: Annotated[
         Path | None,
@@ -118,54 +135,92 @@ def explain(
     max_edits: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Most replacements in one image; default: all cells, or 10 if the head is not linear."
+            min=1, help="fgvce: most replacements in one image; default: all cells, or 10 if the head is not linear."
         ),
     ] = None,
-    minimal: Annotated[bool, typer.Option(help="Afterwards remove the replacements that are not needed.")] = True,
+    minimal: Annotated[
+        bool, typer.Option(help="fgvce: afterwards remove the replacements that are not needed.")
+    ] = True,
+    regions: Annotated[str, typer.Option(help=f"smdl: {', '.join(DIVISIONS)}.")] = "slico",
+    region_count: Annotated[int, typer.Option(min=2, help="smdl: how many regions to divide an image into.")] = 49,
+    search: Annotated[
+        str, typer.Option(help=f"smdl: {', '.join(SEARCHES)}; greedy is exact, the others are quicker.")
+    ] = "greedy",
+    max_regions: Annotated[
+        int | None, typer.Option(min=1, help="smdl: most regions to rank in one image; default: all.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help=f"smdl: what hidden regions show, {', '.join(BASELINES)}.")] = "black",
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,
 ) -> None:
     """Explain the mistakes of your model on your images."""
-    if method != "fgvce":
-        raise ValueError(f"--method must be fgvce; got {method!r}")
+    _check_method(method, context)
     if (image is None) == (not all_mistakes):
         raise ValueError("give --image FILE --target NAME, or --all-mistakes")
-    if image is not None and target is None:
+    if image is not None and target is None and method == "fgvce":
         raise ValueError("--image needs --target NAME, the class that the image is to be taken for")
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"--image: there is no file {image}")
-    if preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    for option, value, allowed in (
+        ("preset", preset, PRESETS),
+        ("regions", regions, DIVISIONS),
+        ("search", search, SEARCHES),
+        ("baseline", baseline, BASELINES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"--{option} must be one of {', '.join(allowed)}; got {value!r}")
     place = _device(device)
     _make_folder(out)
     images, classifier = _user_classifier(model, weights, data, labels, layer, size, normalise, place)
     names = _index_of_folders(images, classifier)
     wanted = None if target is None else [classifier.class_index(target)]
     chosen = [i for i in range(len(images)) if wanted is None or names[images.labels[i]] in wanted]
-    if not chosen:
-        raise ValueError(f"{data} holds no images of class {target!r} to take replacements from")
-    bank = CandidateBank.from_loader(classifier, _batches(images, chosen, names), progress=None)
-    if max_edits is None:
-        max_edits = _default_edits(classifier, images.images(chosen[:1]))
+    skipped = ""
+    mistakes: list[int] = []
+    explainer: FGVCE | SMDL
+    if method == "smdl":
+        black = classifier.prepare(torch.zeros(1, 3, size, size))[0, :, 0, 0]
+        explainer = SMDL(
+            classifier,
+            regions,
+            search,
+            region_count=region_count,
+            max_regions=max_regions,
+            baseline=baseline,
+            black=black,  # of the images as the model takes them: not zero where they are normalised
+        )
+        intro = _about_smdl(baseline, target, all_mistakes)
+        if all_mistakes:
+            mistakes = _mistakes(classifier, images, chosen, names)
+    else:
+        if not chosen:
+            raise ValueError(f"{data} holds no images of class {target!r} to take replacements from")
+        bank = CandidateBank.from_loader(classifier, _batches(images, chosen, names), progress=None)
+        if max_edits is None:
+            max_edits = _default_edits(classifier, images.images(chosen[:1]))
+        explainer = FGVCE(classifier, bank, preset, max_edits=max_edits, minimal=minimal)
+        intro = _about(preset, target)
+        if all_mistakes:
+            kept = set(bank.sources)
+            # Every image that the bank did not keep was classified as something else.
+            wrong = [i for i in chosen if str(images.paths[i]) not in kept]
+            mistakes, skipped = _with_references(wrong, [names[images.labels[i]] for i in wrong], bank, classifier)
     run = Run(
-        f"{preset} on {data}" if target is None else f"What would make it {target}?",
-        _about(preset, target),
-        FGVCE(classifier, bank, preset, max_edits=max_edits, minimal=minimal),
+        _title(method, preset, data, image, target),
+        intro,
+        explainer,
         figures=figures,
         save=save,
-        names=MISTAKES if target is None else ASKED,
+        names=MISTAKES if all_mistakes else PREDICTED if target is None else ASKED,
     )
     if image is not None:
-        run.explain(LabelledImages([image], [0], [str(target)], size).images(), [str(target)], [str(image)])
+        picture = LabelledImages([image], [0], [str(target)], size).images()
+        _explain_all(run, [(picture, None if target is None else [target], [str(image)])], 1)
     else:
-        kept = set(bank.sources)
-        # Every image that the bank did not keep was classified as something else.
-        mistakes = [i for i in chosen if str(images.paths[i]) not in kept]
-        wrong, skipped = _with_references(mistakes, [names[images.labels[i]] for i in mistakes], bank, classifier)
-        for batch, numbers, sources in track(list(_batches(images, wrong, names)), "explaining", transient=True):
-            run.explain(batch, numbers, sources)
-        run.totals["images looked at"] = str(len(images))
+        step = SMDL_BATCH if method == "smdl" and place.type == "cpu" else MICRO_BATCH
+        _explain_all(run, _batches(images, mistakes, names, step), len(mistakes))
+        run.totals["images looked at"] = str(len(chosen) if method == "smdl" else len(images))
         if skipped:
             run.totals["skipped"] = skipped
     run.publish(out)
@@ -255,7 +310,7 @@ def doctor() -> None:
     rich.print(table)
 
 
-def _demo_birds(n: int) -> Run:
+def _demo_birds(n: int) -> list[Run]:
     net, _ = load_birds_net()
     # Labels of the training split are flipped here and there, on purpose; those of the validation split are not.
     references = SyntheticBirds("val", n=DEMO_REFERENCES)
@@ -278,15 +333,29 @@ def _demo_birds(n: int) -> Run:
         "'on parts' says how many of the replacements fall on them.",
         FGVCE(classifier, bank, max_edits=DEMO_EDITS, minimal=True),
     )
+    ranking = Run(
+        "Which regions speak for the true class?",
+        "Some of these mistakes, seen by another method. SMDL divides the image "
+        "into regions and puts them into the order in which they speak for the true class; regions that are left out "
+        "are blurred. The column 'parts at' says how much of the image stands before the parts that really tell the "
+        "two classes apart.",
+        SMDL(classifier, search="lazy", baseline="blur"),
+    )
     for mistake in mistakes:
         item = mistake.item
         (result,) = run.explain(item.tensor[None], [mistake.target], [item.source])
         differing = torch.from_numpy(item.mask(mistake.visible))
-        grown = dilate_masks(differing, result.grid)
-        run.on_parts.append(share_on_mask([edit.cell for edit in result.edits], grown, result.grid))
         run.truths.append(Truth(differing, " and ".join(mistake.visible)))
+        assert isinstance(result, FGVCEExplanation)
+        grown = dilate_masks(differing, result.grid)
+        run.grades.append(share_on_mask([edit.cell for edit in result.edits], grown, result.grid))
+    ranking.truths = run.truths[:DEMO_RANKED]
+    tensors = ((m.item.tensor[None], [m.target], [m.item.source]) for m in mistakes[:DEMO_RANKED])
+    _explain_all(ranking, tensors, len(ranking.truths), "ranking regions")
+    for result, truth in zip(ranking.results, ranking.truths, strict=False):  # after Ctrl-C there are fewer results
+        ranking.grades += area_before(result.maps["saliency"][None], truth.mask[None]).tolist()
     run.totals["test images looked at"] = str(looked_at)
-    return run
+    return [run, ranking]
 
 
 def _varied(mistakes: Sequence[Mistake]) -> list[Mistake]:
@@ -300,7 +369,7 @@ def _varied(mistakes: Sequence[Mistake]) -> list[Mistake]:
     return [mistake for _, mistake in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def _demo_digits(n: int) -> Run:
+def _demo_digits(n: int) -> list[Run]:
     net, _ = load_digits_net()
     references, test = digits("train"), digits("test")
     classifier = wrap(net, class_names=test.class_names)
@@ -317,11 +386,19 @@ def _demo_digits(n: int) -> Run:
         "network gave the right answer.",
         FGVCE(classifier, bank, max_edits=DEMO_EDITS, minimal=True),
     )
+    ranking = Run(
+        "Which regions speak for the true digit?",
+        "Some of these mistakes, seen by another method. SMDL divides the image into regions and puts them into the "
+        "order in which they speak for the true class; regions that are left out are black, like the ground.",
+        SMDL(classifier, "grid", region_count=16),
+    )
     for i in wrong[:n]:
         image, label, source = test[i]
         run.explain(image[None], [label], [source])
+    some = [test[i] for i in wrong[: min(n, DEMO_RANKED)]]
+    _explain_all(ranking, ((x[None], [label], [source]) for x, label, source in some), len(some), "ranking regions")
     run.totals["test images looked at"] = str(len(test))
-    return run
+    return [run, ranking]
 
 
 def _user_classifier(
@@ -537,12 +614,80 @@ def _index_of_folders(images: ImageFolderDataset, classifier: Classifier) -> lis
 
 
 def _batches(
-    images: ImageFolderDataset, indices: Iterable[int], names: Sequence[int]
+    images: ImageFolderDataset, indices: Iterable[int], names: Sequence[int], step: int = MICRO_BATCH
 ) -> Iterator[tuple[Tensor, list[int], list[str]]]:
     chosen = list(indices)
-    for start in range(0, len(chosen), MICRO_BATCH):
-        own = chosen[start : start + MICRO_BATCH]
+    for start in range(0, len(chosen), step):
+        own = chosen[start : start + step]
         yield images.images(own), [names[images.labels[i]] for i in own], [str(images.paths[i]) for i in own]
+
+
+def _mistakes(
+    classifier: Classifier, images: ImageFolderDataset, chosen: Sequence[int], names: Sequence[int]
+) -> list[int]:
+    """Those of the chosen images that the model takes for something else than their folder says."""
+    predicted: list[int] = []
+    with _progress() as bar:
+        task = bar.add_task("looking for mistakes", total=len(chosen))
+        for batch, labels, _ in _batches(images, chosen, names):
+            predicted += classifier.logits(classifier.prepare(batch)).argmax(1).tolist()
+            bar.advance(task, len(labels))
+    return [i for i, said in zip(chosen, predicted, strict=True) if said != names[images.labels[i]]]
+
+
+def _explain_all(
+    run: Run,
+    batches: Iterable[tuple[Tensor, Sequence[int | str] | None, Sequence[str]]],
+    count: int,
+    doing: str = "explaining",
+) -> None:
+    """Explain batch by batch under a progress bar; after Ctrl-C the run holds, and says, what was finished."""
+    with _progress() as bar:
+        task = bar.add_task(doing, total=count)
+        try:
+            for batch, targets, sources in batches:
+                run.explain(batch, targets, sources)
+                bar.advance(task, len(sources))
+        except KeyboardInterrupt:
+            if not run.results:
+                raise
+            run.totals["interrupted"] = f"{len(run.results)} of {count} images explained"
+
+
+def _progress() -> Progress:
+    """A bar that is seen to be alive also while one image takes minutes, and that leaves nothing behind."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(SpinnerColumn(), TextColumn("{task.description}"), *columns, transient=True)
+
+
+def _check_method(method: str, context: typer.Context) -> None:
+    """Refuse a method that is not there, and options of another method than the one chosen."""
+    if method not in METHODS:
+        later = " (Mirror-CFE is not in finecf yet)" if method == "mirror" else ""
+        raise ValueError(f"--method must be {' or '.join(METHODS)}; got {method!r}{later}")
+    for other, names in OPTIONS_OF.items():
+        given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+        if other != method and given:
+            raise ValueError(f"--{given[0].replace('_', '-')} belongs to --method {other}; got --method {method}")
+
+
+def _title(method: str, preset: str, data: Path, image: Path | None, target: str | None) -> str:
+    if method == "fgvce":
+        return f"{preset} on {data}" if target is None else f"What would make it {target}?"
+    if image is not None:
+        return "Which regions make the model say so?" if target is None else f"What speaks for {target}?"
+    return f"Which regions speak for the true class? smdl on {data}"
+
+
+def _about_smdl(baseline: str, asked: str | None, mistakes: bool) -> str:
+    what = "the true class" if mistakes else "the class that the network named" if asked is None else asked
+    hidden = {"black": "black", "mean": "the image's mean colour", "blur": "blurred"}[baseline]
+    return (
+        "SMDL divides an image into regions and puts them into an order: first the one that, shown alone, speaks most "
+        f"for {what}, then whichever adds most to those before it. Regions that are left out are {hidden}. Each figure "
+        "shows the order, the few first regions that are enough for the network to name the class, and how the "
+        "network's probability moves as regions are shown and hidden."
+    )
 
 
 def _about(preset: str, asked: str | None) -> str:

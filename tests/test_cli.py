@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import finecf
 from finecf.cli import app
+from finecf.explainers import Interrupted
 from finecf.report.run import Run
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
@@ -50,6 +51,15 @@ def sized(width, depth, *, name="x"):
 class DeepNet(ColourNet):
     def forward(self, x):
         return self.fc(torch.tanh(self.cells(x)).amax((2, 3)))
+"""
+
+
+SEEN_MODEL = """
+class Seen(ColourNet):
+    def forward(self, x):
+        black = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
+        far = (self.cells(x).mean((2, 3)) - black).abs().sum(1, keepdim=True)
+        return torch.cat([torch.zeros_like(far), far, far - 30], 1)
 """
 
 
@@ -159,6 +169,88 @@ def test_a_second_run_leaves_no_figures_of_the_first(folder: Path) -> None:
     assert {path.name for path in out.glob("*.png")} == {"0001_mine.png", "0001_red_5.png"}
 
 
+def rank(folder: Path, *more: object) -> tuple[int, str, list[dict[str, str]]]:
+    """`finecf explain --method smdl` on a grid of few regions, and the table that it wrote."""
+    code, output = explain(folder, "--method", "smdl", "--regions", "grid", "--region-count", 16, *more)
+    if code:
+        return code, output, []
+    with (folder / "out" / "table.csv").open() as file:
+        return code, output, list(csv.DictReader(file))
+
+
+def test_smdl_ranks_the_regions_of_all_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, rows = rank(folder, "--all-mistakes", "--save")
+    assert code == 0, output
+    assert max(map(len, output.split("Report:")[0].splitlines())) <= 80
+    assert "images looked at: 18" in output
+    out = folder / "out"
+    assert all(path.stat().st_size > 10_000 for path in out.glob("*.png"))
+    assert len(list(out.glob("*.png"))) == 3
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+    for word in ("regions that are left out are black", "How to read a figure", "the share of the image that the"):
+        assert word.lower() in page.lower()
+    assert {(row["is"], row["taken for"]) for row in rows} == {("blue", "green"), ("green", "red"), ("red", "blue")}
+    for row, path in zip(rows, sorted(out.glob("*.safetensors")), strict=True):
+        result = finecf.load(path)
+        assert isinstance(result, finecf.SMDLExplanation)
+        assert result.target_name == row["is"]
+        assert row["regions"] == f"{result.best_prefix} of 16"
+        assert row["area"] == f"{result.best_prefix / 16:.0%}"
+        assert row["enough"] == str(result.sufficient_prefix) == "1"
+        assert int(row["forwards"]) == result.evaluations
+        assert float(row["insertion"]) == pytest.approx(result.insertion_area, abs=0.005)
+        assert float(row["deletion"]) == pytest.approx(result.deletion_area, abs=0.005)
+        # Black is exact: what the model says of no region at all is what it says of a black image.
+        assert float(result.insertion[0]) == pytest.approx(1 / 3, abs=1e-6)
+        # The wrong colour covers the left; what speaks for the true class is on the right.
+        assert result.order[0] % 4 == 3
+
+
+def test_smdl_explains_the_prediction_or_the_class_asked_for(folder: Path) -> None:
+    image = folder / "data" / "red" / "5.png"
+    code, output, (row,) = rank(folder, "--image", image, "--search", "lazy", "--max-regions", 3)
+    assert code == 0, output
+    assert "Which regions make the model say so?" in output
+    assert (row["explained"], row["named"]) == ("blue", "blue")
+    assert row["regions"] in ("1 of 16", "2 of 16", "3 of 16")
+    assert "the class that the network named" in (folder / "out" / "report.html").read_text()
+    code, output, (row,) = rank(folder, "--image", image, "--target", "green", "--baseline", "blur", "--no-figures")
+    assert code == 0, output
+    assert "What speaks for green?" in output
+    assert (row["asked"], row["taken for"]) == ("green", "blue")
+    assert not list((folder / "out").glob("*.png"))  # the figure of the run before is gone
+
+
+def test_what_was_finished_before_an_interruption_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finecf.SMDL.explain
+
+    def stopped(self: finecf.SMDL, images: torch.Tensor, target: list[int], **more: list[str]) -> None:
+        done = whole(self, images[:2], target[:2], sources=more["sources"][:2])
+        raise Interrupted(done, len(images))
+
+    monkeypatch.setattr(finecf.SMDL, "explain", stopped)
+    code, output, rows = rank(folder, "--all-mistakes", "--no-figures")
+    assert code == 0, output
+    assert "interrupted: 2 of 3 images explained" in output
+    assert [row["is"] for row in rows] == ["blue", "green"]
+
+
+def test_black_is_that_of_normalised_images(folder: Path) -> None:
+    image = folder / "data" / "red" / "5.png"
+    (folder / "model.py").write_text(FILE_MODEL + "\ndef seen():\n    return Seen()\n" + SEEN_MODEL)
+    code, output = explain(
+        *(folder, "--method", "smdl", "--image", image, "--regions", "grid", "--region-count", 4, "--no-figures"),
+        *("--normalise", "imagenet", "--layer", "cells", "--save"),
+        model="seen",
+    )
+    assert code == 0, output
+    (path,) = (folder / "out").glob("*.safetensors")
+    # This network names its first class with p = 1/2 exactly where a normalised image is black.
+    assert float(finecf.load(path).insertion[0]) == pytest.approx(0.5, abs=1e-4)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_cuda_device_that_is_not_there_is_said_in_a_sentence(folder: Path) -> None:
     code, output = explain(folder, "--all-mistakes", "--device", "cuda")
@@ -248,7 +340,19 @@ def test_torchvision_models_take_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "smdl", "--all-mistakes"), "--method must be fgvce"),
+        (("--method", "lime", "--all-mistakes"), "--method must be fgvce or smdl; got 'lime'\n"),
+        (("--method", "mirror", "--all-mistakes"), "got 'mirror' (Mirror-CFE is not in finecf yet)"),
+        (("--all-mistakes", "--max-regions", "3"), "--max-regions belongs to --method smdl; got --method fgvce"),
+        (("--method", "smdl", "--all-mistakes", "--preset", "fgvce"), "--preset belongs to --method fgvce"),
+        (("--method", "smdl"), "give --image FILE --target NAME, or --all-mistakes"),
+        (
+            ("--method", "smdl", "--all-mistakes", "--regions", "cells"),
+            "--regions must be one of slico, grid",
+        ),
+        (("--method", "smdl", "--all-mistakes", "--search", "quick"), "--search must be one of greedy"),
+        (("--method", "smdl", "--all-mistakes", "--baseline", "white"), "--baseline must be one of black, mean, blur"),
+        (("--method", "smdl", "--all-mistakes", "--region-count", "5000"), "to the number of pixels, 1024; got 5000"),
+        (("--method", "smdl", "--image", __file__, "--target", "pink"), "unknown class 'pink'"),
         ((), "give --image FILE --target NAME, or --all-mistakes"),
         (("--image", "x.png"), "--image needs --target"),
         (("--image", "x.png", "--target", "red"), "there is no file x.png"),
@@ -321,6 +425,16 @@ def test_the_digits_demo_runs(tmp_path: Path) -> None:
     assert "test digits wrong" in output
     assert (tmp_path / "demo" / "report.html").is_file()
     assert len(list((tmp_path / "demo").glob("*.png"))) == 1
+    # The same mistake, seen by SMDL, has its own folder and its part of the same page.
+    assert len(list((tmp_path / "demo" / "smdl").glob("*.png"))) == 1
+    tables = [(tmp_path / "demo" / name).read_text().splitlines() for name in ("table.csv", "smdl/table.csv")]
+    assert [len(lines) for lines in tables] == [2, 2]
+    assert tables[0][1].split(",")[:3] == tables[1][1].split(",")[:3]
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("How to read a figure") == 2
+    assert page.count("data:image/jpeg;base64,") == 2
+    for anchor in ("figure-1-1", "figure-2-1", "part-2"):
+        assert page.count(f'href="#{anchor}"') == page.count(f'id="{anchor}"') == 1
 
 
 def test_an_unknown_demo_is_refused(tmp_path: Path) -> None:

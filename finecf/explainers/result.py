@@ -410,6 +410,28 @@ class SMDLExplanation(Explanation):
         """Share of the image that the first `regions` regions cover, in [0,1]."""
         return float(self.shown(regions).double().mean())
 
+    @property
+    def shares(self) -> Tensor:
+        """Float64 [k+1]: the share of the image that the first 0..k regions cover, where the two curves are read."""
+        sizes = torch.bincount(self.maps["regions"].flatten().long().cpu(), minlength=self.region_count).double()
+        return torch.cat([sizes.new_zeros(1), sizes[self.order].cumsum(0)]) / sizes.sum()
+
+    @property
+    def insertion_area(self) -> float:
+        """Mean height of the insertion curve over the share of the image that was ranked; large is good."""
+        return self._mean_height(self.insertion)
+
+    @property
+    def deletion_area(self) -> float:
+        """Mean height of the deletion curve over the share of the image that was ranked; small is good."""
+        return self._mean_height(self.deletion)
+
+    def _mean_height(self, curve: Tensor) -> float:
+        # An interrupted search has not measured all of its deletion curve: the mean is over what it has.
+        measured = ~curve.cpu().isnan()
+        heights, shares = curve.cpu()[measured], self.shares[measured]
+        return float(torch.trapezoid(heights, shares) / shares[-1]) if shares[-1] > 0 else float(heights[0])
+
     def _summary_lines(self) -> list[str]:
         head, probabilities, *notes = super()._summary_lines()
         enough = (

@@ -6,7 +6,7 @@ from finecf.metrics.bootstrap import Interval, bootstrap_mean, paired_bootstrap
 from finecf.metrics.compactness import compactness
 from finecf.metrics.curves import Curves, highest_confidence, insertion_deletion
 from finecf.metrics.fidelity import mu_fidelity
-from finecf.metrics.localisation import VISIBLE_PIXELS, auprc, dilate_masks, energy_share, max_hit
+from finecf.metrics.localisation import VISIBLE_PIXELS, area_before, auprc, dilate_masks, energy_share, max_hit
 from finecf.metrics.swaps import (
     SwapScores,
     cells_on_mask,
@@ -20,6 +20,7 @@ __all__ = [
     "Curves",
     "Interval",
     "SwapScores",
+    "area_before",
     "auprc",
     "bootstrap_mean",
     "cells_on_mask",

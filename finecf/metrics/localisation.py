@@ -55,6 +55,23 @@ def max_hit(maps: Tensor, masks: Tensor) -> Tensor:
     return torch.where(best.flatten() > 0, hit, 0.0)
 
 
+def area_before(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the image that a map ranks before its mask's pixels, their mean: [B] float64 in [0,1].
+
+    Pixels as high as one of the mask count half, so a constant map scores 0.5, and chance does so on average; 0 would
+    be a map that is highest on a vanishing mask. Any real values; other arguments and errors as `energy_share`.
+    """
+    maps = as_maps(maps)
+    masks = as_masks(masks, maps)
+    scores = torch.empty(len(maps), dtype=torch.float64)
+    for b, (values, inside) in enumerate(zip(maps.flatten(1), masks.flatten(1), strict=True)):
+        rising, own = values.sort().values, values[inside]
+        not_above = torch.searchsorted(rising, own, right=True)
+        below = torch.searchsorted(rising, own)
+        scores[b] = 1 - (not_above + below).double().mean() / (2 * len(values))
+    return scores
+
+
 def auprc(maps: Tensor, masks: Tensor) -> Tensor:
     """Area under precision and recall of the map as a detector of the mask's pixels: [B] float64 in (0,1].
 

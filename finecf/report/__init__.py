@@ -1,6 +1,7 @@
 """Figures of explanations, and the report on a run of an explainer."""
 
-from finecf.report.figures import Truth, displayable, plot
+from finecf.report.drawing import Truth, displayable
+from finecf.report.figures import plot
 from finecf.report.html import Report, Row
 from finecf.report.run import Run
 

@@ -13,13 +13,27 @@ EMBEDDED_WIDTH = 1100
 MEANINGS = {
     "image": "the image explained; its name leads to its figure",
     "is": "the true class, which the network should have named",
-    "asked": "the class asked for: what would have to change for the network to name it?",
+    "asked": "the class asked for: what would make the network name it?",
+    "explained": "the class explained: the one that the network named",
     "taken for": "the class that the network named instead",
+    "named": "the class that the network named",
     "flip": "whether the network names the class of the second column once the cells are replaced",
     "edits": "how many cells of the feature map were replaced, one after the other",
     "needed": "how many of these replacements are enough; the others can be taken back and the answer stays flipped",
     "on parts": "the share of the edits that lie on a part in which the two classes really differ",
     "ms": "milliseconds for the explanation, the network's own forwards apart",
+    "regions": "how many first regions have the best score, and how many there are",
+    "area": "the share of the image that the regions of the best score cover",
+    "enough": "how many first regions, shown alone, the network takes for the class of the second column",
+    "whole": "the probability of the class of the second column for the whole image",
+    "alone": "the same probability where only the regions of the best score are shown",
+    "enough alone": "images of which some first regions, shown alone, are taken for the class of the second column",
+    "parts at": "the share of the image that stands before the parts in which the two classes really differ; "
+    "50% is chance, and less is better",
+    "insertion": "the mean probability while the regions are shown one after the other, by the share of the image; "
+    "large is good",
+    "deletion": "the mean probability while the regions are hidden one after the other; small is good",
+    "forwards": "how many images, most of them with regions hidden, went through the network",
 }
 """What the columns and totals of a table mean, for a reader who has never heard of the method."""
 
@@ -36,7 +50,8 @@ class Row:
 class Report:
     """What a report says: a title, a paragraph, the totals, and a table with a figure for each row.
 
-    `columns` names the values of every `Row`.
+    `columns` names the values of every `Row`; `guide` says how to read a figure; `parts` are reports that follow on the
+    same page.
     """
 
     title: str
@@ -44,6 +59,8 @@ class Report:
     columns: Sequence[str]
     totals: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    guide: str = ""
+    parts: list[Report] = field(default_factory=list)
 
     def write(self, path: str | Path) -> Path:
         """Write the report as one HTML file that refers to no other."""
@@ -51,13 +68,14 @@ class Report:
 
         source = files("finecf.report").joinpath("templates", "report.html").read_text(encoding="utf-8")
         template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-        rows = [(row.values, None if row.figure is None else _embedded(row.figure)) for row in self.rows]
-        text = template.render(report=self, rows=rows, legend=self._legend())
+        text = template.render(reports=[self, *self.parts], embedded=_embedded)
         path = Path(path)
         path.write_text(text, encoding="utf-8")
         return path
 
-    def _legend(self) -> dict[str, str]:
+    @property
+    def legend(self) -> dict[str, str]:
+        """The columns and totals that need a word, and what they mean."""
         shown = {*self.columns, *self.totals}
         return {name: meaning for name, meaning in MEANINGS.items() if name in shown}
 

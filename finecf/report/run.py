@@ -17,52 +17,88 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from finecf.explainers import FGVCE, FGVCEExplanation
-from finecf.report.figures import Truth, plot, short_source
+from finecf.explainers import FGVCE, SMDL, Explanation, FGVCEExplanation, Interrupted, SMDLExplanation
+from finecf.report.drawing import Truth, short_source
+from finecf.report.figures import plot
 from finecf.report.html import Report, Row
+from finecf.report.methods import METHODS, Method
 
 TABLE_WIDTH = 80
+NAMES_WIDTH = 36
+"""Characters that the names of image and classes have at least, where columns can be left out for them."""
 MISTAKES = ("image", "is", "taken for")
 ASKED = ("image", "asked", "taken for")
+PREDICTED = ("image", "explained", "named")
 
 
 @dataclass
 class Run:
     """Explanations as they come in, and how they are shown: a table, figures, a report.
 
-    `names` heads the columns of the image, the class explained towards and the class predicted: `MISTAKES` where that
-    class is the true one, `ASKED` where nothing says so.
+    `names` heads the columns of the image, the class explained and the class predicted: `MISTAKES` where the first of
+    these is the true one, `ASKED` where nothing says so, `PREDICTED` where it is the predicted class itself. `grades`
+    holds a share for each image, where the right answer is known.
     """
 
     title: str
     intro: str
-    explainer: FGVCE
+    explainer: FGVCE | SMDL
     figures: bool = True
     save: bool = False
     names: tuple[str, str, str] = MISTAKES
-    results: list[FGVCEExplanation] = field(default_factory=list)
-    on_parts: list[float] = field(default_factory=list)
+    results: list[Explanation] = field(default_factory=list)
+    grades: list[float] = field(default_factory=list)
     truths: list[Truth] = field(default_factory=list)
     totals: dict[str, str] = field(default_factory=dict)
 
-    def explain(self, images: Tensor, targets: Sequence[int | str], sources: Sequence[str]) -> list[FGVCEExplanation]:
-        """Explain a batch and keep the results."""
-        new = self.explainer.explain(images, list(targets), sources=list(sources))
+    @property
+    def method(self) -> Method:
+        """What is particular to the explainer's method."""
+        return METHODS[SMDLExplanation if isinstance(self.explainer, SMDL) else FGVCEExplanation]
+
+    def explain(
+        self, images: Tensor, targets: Sequence[int | str] | None, sources: Sequence[str]
+    ) -> Sequence[Explanation]:
+        """Explain a batch and keep the results; targets None: the predicted classes, which only SMDL explains.
+
+        Raises:
+            Interrupted: Ctrl-C; what was finished is kept.
+        """
+        new: Sequence[Explanation]
+        if isinstance(self.explainer, SMDL):
+            try:
+                new = self.explainer.explain(images, None if targets is None else list(targets), sources=list(sources))
+            except Interrupted as stop:
+                self.results += stop.explanations
+                raise
+        else:
+            new = self.explainer.explain(images, list(targets or []), sources=list(sources))
         self.results += new
         return new
 
-    def publish(self, out: Path) -> None:
+    def publish(self, out: Path, more: Sequence[tuple[str, Run]] = ()) -> None:
         """Print the table and the totals; write the figures, the table and the report.
 
-        Figures of an earlier run in `out`, as its table lists them, are removed.
+        `more` names runs that follow in the same report; their tables and figures go into a folder of that name. Where
+        `out` holds figures of an earlier run, as its table lists them, they are removed.
         """
+        reports = [self._publish(out), *(run._publish(out / name) for name, run in more)]
+        reports[0].parts = reports[1:]
+        path = reports[0].write(out / "report.html").resolve()
+        rich.print(f"Report: {escape(str(path))}", flush=True)
+        if self.figures:
+            folders = [path.parent, *(path.parent / name for name, _ in more)]
+            rich.print(f"Figures: {', '.join(escape(str(folder)) + os.sep + '*.png' for folder in folders)}")
+
+    def _publish(self, out: Path) -> Report:
         out.mkdir(parents=True, exist_ok=True)
         _remove_earlier_figures(out)
-        columns = [*self.names, "flip", "edits", *(["on parts"] if self.on_parts else []), "ms"]
+        method = self.method
+        columns = [*self.names, *(column for column in method.columns if self.grades or column != method.grade)]
         self.totals = self._totals() | self.totals
-        rows = [self._row(i) for i in range(len(self.results))]
-        self._print(columns, rows)
-        report = Report(self.title, self.intro, columns, self.totals)
+        rows = [self._row(i, columns) for i in range(len(self.results))]
+        self._print(columns, rows, method.secondary)
+        report = Report(self.title, self.intro, columns, self.totals, guide=method.guide)
         for i, values in enumerate(track(rows, "drawing", transient=True, disable=not self.figures)):
             result = self.results[i]
             name = _file_name(i, values[0])
@@ -73,61 +109,59 @@ class Run:
                 result.save(out / f"{name}.safetensors")
         with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([columns, *rows])
-        path = report.write(out / "report.html").resolve()
-        rich.print(f"Report: {escape(str(path))}", flush=True)
-        if self.figures:
-            rich.print(f"Figures: {escape(str(path.parent))}{os.sep}*.png")
+        return report
 
     def _totals(self) -> dict[str, str]:
         count = len(self.results)
-        explained = "mistakes explained" if self.names == MISTAKES else "images explained"
-        if not count:
-            return {explained: "0"}
-        edits = [len(result.edits) for result in self.results]
-        totals = {
-            explained: str(count),
-            "flipped": f"{sum(result.flipped for result in self.results)} of {count}",
-            "edits": f"{fmean(edits):.2f} on average, at most {max(edits)}",
-            "needed": f"{fmean(len(result.minimal_edits) for result in self.results):.2f} on average",
-            "seconds": f"{sum(result.seconds for result in self.results):.2f} for all, the network's forwards apart",
-        }
-        cosines = [edit.similarity for result in self.results for edit in result.edits]
-        if cosines:
-            totals["cosine"] = f"{fmean(cosines):.2f} on average between a cell and its replacement"
-        if self.on_parts:
-            totals["on differing parts"] = f"{fmean(self.on_parts):.0%} of the edits"
+        totals = {"mistakes explained" if self.names == MISTAKES else "images explained": str(count)}
+        if count:
+            totals |= self.method.totals(self.results)
+        if self.grades:
+            name, share = self.method.graded
+            totals[name] = f"{fmean(self.grades):.0%} {share}"
         return totals
 
-    def _row(self, i: int) -> list[str]:
+    def _row(self, i: int, columns: Sequence[str]) -> list[str]:
         result = self.results[i]
-        row = [
-            short_source(result),
-            result.target_name,
-            result.predicted_name,
-            "yes" if result.flipped else "no",
-            str(len(result.edits)),
-        ]
-        if self.on_parts:
-            row.append(f"{self.on_parts[i]:.0%}")
-        return [*row, f"{1000 * result.seconds:.0f}"]
+        names = (short_source(result), result.target_name, result.predicted_name)
+        values = dict(zip(self.names, names, strict=True)) | self.method.row(result)
+        if self.grades:
+            values[self.method.grade] = f"{self.grades[i]:.0%}"
+        return [values[column] for column in columns]
 
-    def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]], secondary: Sequence[str] = ()) -> None:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Where the terminal is narrow, class names may be cut, and the image's name if it is long.
         cells = {column: [column, *(row[i] for row in rows)] for i, column in enumerate(columns)}
         widths = {column: max(map(len, own)) for column, own in cells.items() if column not in self.names}
-        room = console.width - sum(widths.values()) - 2 * len(columns) - 1  # gaps are 2 wide
-        image = min(max(map(len, cells[self.names[0]])), room // 2)
+
+        def room() -> int:
+            return console.width - sum(widths.values()) - 2 * (len(widths) + len(self.names)) - 1  # gaps are 2 wide
+
+        needed = [max(map(len, cells[name])) for name in self.names]
+        wanted = min(NAMES_WIDTH, sum(needed))
+        left_out = []
+        for column in secondary:
+            if room() < wanted and column in widths:
+                left_out.append(column)
+                del widths[column]
+        image = min(needed[0], room() // 2)
+        rest = room() - image
+        # What one of the class names does not need, the other may have.
+        widest = (image, max(rest // 2, rest - needed[2]), max(rest // 2, rest - needed[1]))
+        most = dict(zip(self.names, widest, strict=True))
         for column in columns:
             if column in self.names:
-                most = image if column == self.names[0] else (room - image) // (len(self.names) - 1)
-                table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=most)
-            else:
+                table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=most[column])
+            elif column in widths:
                 table.add_column(column, justify="right", min_width=widths[column], no_wrap=True)
         for row in rows:
-            table.add_row(*map(escape, row))
+            pairs = zip(columns, row, strict=True)
+            table.add_row(*(escape(value) for column, value in pairs if column not in left_out))
         console.print(table)
+        if left_out:
+            console.print(f"  (and in the report: {', '.join(column for column in columns if column in left_out)})")
         for name, value in self.totals.items():
             console.print(f"  {name}: [bold]{escape(value)}[/]", highlight=False)
 
@@ -143,7 +177,7 @@ def _remove_earlier_figures(out: Path) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or tuple(lines[0].split(",")[:3]) not in (MISTAKES, ASKED):
+    if not lines or tuple(lines[0].split(",")[:3]) not in (MISTAKES, ASKED, PREDICTED):
         return
     for i, row in enumerate(csv.reader(lines[1:])):
         if row:

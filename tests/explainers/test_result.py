@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_a_figure_is_drawn_without_touching_matplotlib_s_state(tmp_path: Path) -
     assert not plt.get_fignums()
 
 
-def _words(result: finecf.FGVCEExplanation) -> list[str]:
+def _words(result: finecf.explainers.Explanation) -> list[str]:
     from matplotlib.text import Text
 
     return [text.get_text() for text in plot(result).findobj(Text)]
@@ -213,18 +214,111 @@ def test_texts_of_a_figure_do_not_overlap(shape: tuple[int, int]) -> None:
             assert across <= 0 or down <= 3, (outside[i].get_text(), outside[j].get_text())
 
 
+def ranked(
+    search: str = "greedy", target: int | None = None, max_regions: int | None = None, **fields: Any
+) -> finecf.SMDLExplanation:
+    """The regions of a small image, ranked; `fields` are set afterwards."""
+    explainer = finecf.SMDL(setting()[0], "grid", search, region_count=9, max_regions=max_regions)
+    (result,) = explainer.explain(images(1), target, sources=["a/one.png"])
+    return replace(result, **fields)
+
+
+def test_a_figure_of_ranked_regions_says_what_was_found(tmp_path: Path) -> None:
+    (predicted,) = setting()[0].logits(images(1)).argmax(1).tolist()
+    result = ranked(target=(predicted + 1) % 5)
+    for enough, says in ((2, "The first 2 of its 9 regions"), (1, "The first one of its 9"), (None, "However many")):
+        said = " | ".join(_words(replace(result, sufficient_prefix=enough)))
+        assert f"The model says {result.predicted_name}. What speaks for {result.target_name}?" in said
+        assert says in said
+        assert ("Nothing is enough" in said) == (enough is None)
+        shown = enough or result.best_prefix
+        assert f"{result.area(shown):.0%} of the image; grey: hidden" in said
+        assert f"({float(result.insertion[shown]):.0%})" in said
+        assert f"best score: {result.best_prefix}" in said
+        assert (f"enough: {enough}" in said) == (enough is not None)
+        assert f"(area {result.insertion_area:.2f})" in said
+        assert f"(area {result.deletion_area:.2f})" in said
+        assert result.guarantee in " ".join(said.split())
+        assert f"{result.evaluations} images went through the model" in " ".join(said.split())
+    plot(result, tmp_path / "figure.png", Truth(torch.ones(32, 32, dtype=torch.bool).tril(), "beak"))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "Which regions make it say so?" in " ".join(_words(ranked()))
+
+
+def test_numbers_stand_in_their_regions() -> None:
+    result = ranked()
+    numbered = {
+        text.get_text(): text.get_position() for text in plot(result).axes[1].texts if text.get_text().isdigit()
+    }
+    assert sorted(map(int, numbered)) == list(range(1, 10))
+    for number, (column, row) in numbered.items():
+        assert int(result.maps["regions"][int(row), int(column)]) == result.order[int(number) - 1]
+    # A region of several pieces has its number on each of them.
+    checks = torch.zeros(32, 32, dtype=torch.int32)
+    checks[:16, 16:] = checks[16:, :16] = 1
+    (result,) = finecf.SMDL(setting()[0]).explain(images(1), regions=checks)
+    texts = [text.get_text() for text in plot(result).axes[1].texts]
+    assert sorted(text for text in texts if text.isdigit()) == ["1", "1", "2", "2"]
+
+
+def test_a_ranking_that_stopped_early_is_not_drawn_as_whole() -> None:
+    result = ranked("lazy", max_regions=4)
+    said = " ".join(_words(result))
+    assert "Of 9 regions 4 were ranked." in said
+    assert "(dotted: not ranked)" in said
+    assert float(result.shares[-1]) == pytest.approx(result.area(4))
+    assert "(dotted: not ranked)" not in " ".join(_words(ranked()))
+    # The areas are means over what was ranked.
+    ones = torch.ones(5, dtype=torch.float64)
+    assert replace(result, insertion=ones).insertion_area == pytest.approx(1)
+    # Nor is a curve that an interruption left unmeasured, after its first point or its third.
+    for known in (1, 3):
+        cut = replace(result, deletion=torch.where(torch.arange(5) < known, ones / 2, torch.nan))
+        assert cut.deletion_area == pytest.approx(0.5)
+        assert "(area 0.50)" in " ".join(_words(cut))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 12), (12, 32)])
+def test_texts_of_a_figure_of_regions_do_not_overlap(shape: tuple[int, int]) -> None:
+    name = "American_Three_toed_Woodpecker_of_the_Northern_Woods"
+    explainer = finecf.SMDL(setting()[0], "grid", region_count=9)
+    (result,) = explainer.explain(images(1)[..., : shape[0], : shape[1]], 0, sources=["a/one.png"])
+    tie = "tie: at step 3 another region scored the same within 10 times the noise of the forward"
+    result = replace(result, target_name=name, predicted_name=name, predicted=1, notes=[tie])
+    for enough in (None, 3):
+        truth = Truth(torch.ones(shape, dtype=torch.bool).tril(), "beak")
+        figure = plot(replace(result, sufficient_prefix=enough), truth=truth)
+        figure.canvas.draw()
+        texts = [text for axes in figure.axes for text in [*axes.texts, axes._left_title] if text.get_text()]
+        outside = [text for text in texts if not text.axes.bbox.overlaps(text.get_window_extent())] + figure.texts
+        legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+        labels = [axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.label.get_text()]
+        boxes = [each.get_window_extent() for each in [*outside, *legends, *labels]]
+        assert len(boxes) > 12
+        for i, one in enumerate(boxes):
+            assert one.x1 <= figure.bbox.width
+            assert one.y0 >= 0
+            for j, other in enumerate(boxes[:i]):
+                across = min(one.x1, other.x1) - max(one.x0, other.x0)
+                down = min(one.y1, other.y1) - max(one.y0, other.y0)
+                assert across <= 0 or down <= 3, (str((outside + legends)[i]), str((outside + legends)[j]))
+
+
 def test_a_report_explains_its_columns_and_figures(tmp_path: Path) -> None:
     from PIL import Image
 
     from finecf.report.html import Report, Row
 
     Image.new("RGB", (8, 8)).save(tmp_path / "figure.png")
-    report = Report("title", "intro", ["image", "flip"], {"needed": "2.0 on average"})
+    report = Report("title", "intro", ["image", "flip"], {"needed": "2.0 on average"}, guide="Look here first.")
     report.rows = [Row(["one", "yes"])]
     bare = report.write(tmp_path / "bare.html").read_text()
     assert "once the cells are replaced" in bare
     assert "are enough" in bare
     assert "milliseconds" not in bare
     assert "How to read a figure" not in bare
+    assert "Further down" not in bare
     report.rows = [Row(["one", "yes"], tmp_path / "figure.png")]
-    assert "How to read a figure" in report.write(tmp_path / "full.html").read_text()
+    full = report.write(tmp_path / "full.html").read_text()
+    assert "How to read a figure" in full
+    assert "Look here first." in full

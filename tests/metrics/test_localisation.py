@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finecf.metrics import auprc, dilate_masks, energy_share, max_hit, resize_maps
+from finecf.metrics import area_before, auprc, dilate_masks, energy_share, max_hit, resize_maps
 
 MAP = torch.tensor([[[0.5, 0.2], [0.3, 0.0]]])
 MASK = torch.tensor([[[False, True], [True, False]]])
@@ -28,6 +28,15 @@ def test_ties_and_all_zero_maps():
     assert energy_share(zero, MASK).item() == 0
     assert max_hit(zero, MASK).item() == 0
     assert auprc(zero, MASK).item() == pytest.approx(0.5)
+
+
+def test_area_before_counts_what_a_map_ranks_before_the_mask():
+    # Falling order: miss, hit, hit, miss; a pixel itself counts half.
+    assert area_before(MAP, MASK).item() == pytest.approx((1.5 / 4 + 2.5 / 4) / 2)
+    assert area_before(torch.full((1, 2, 2), 0.4), MASK).item() == pytest.approx(0.5)
+    first = torch.tensor([[[0.0, 0.9], [0.9, 0.0]]])
+    assert area_before(first, MASK).item() == pytest.approx(0.25)
+    assert area_before(-first, MASK).item() == pytest.approx(0.75)
 
 
 def test_perfect_map_and_its_reverse():

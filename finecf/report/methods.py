@@ -1,0 +1,127 @@
+"""What a table, its totals and a report say of the explanations of one method; `run.py` and `html.py` do the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Final
+
+from finecf.explainers import Explanation, FGVCEExplanation, SMDLExplanation
+
+
+@dataclass(frozen=True)
+class Method:
+    """The part of a run's presentation that depends on the method.
+
+    Attributes:
+        columns: of the table, after the names of image and classes.
+        grade: the column among them that holds how well an image was graded; left out where nothing was.
+        secondary: columns that a narrow terminal leaves out, the first of them first; files have them all.
+        row: the values of the columns, but for the grade.
+        totals: what there is to say of all explanations (at least one).
+        graded: the name of the total over the grades, and what they are a share of.
+        guide: how to read a figure.
+    """
+
+    columns: tuple[str, ...]
+    grade: str
+    secondary: tuple[str, ...]
+    row: Callable[[Any], dict[str, str]]
+    totals: Callable[[Sequence[Any]], dict[str, str]]
+    graded: tuple[str, str]
+    guide: str
+
+
+def _fgvce_row(result: FGVCEExplanation) -> dict[str, str]:
+    return {
+        "flip": "yes" if result.flipped else "no",
+        "edits": str(len(result.edits)),
+        "ms": f"{1000 * result.seconds:.0f}",
+    }
+
+
+def _fgvce_totals(results: Sequence[FGVCEExplanation]) -> dict[str, str]:
+    edits = [len(result.edits) for result in results]
+    totals = {
+        "flipped": f"{sum(result.flipped for result in results)} of {len(results)}",
+        "edits": f"{fmean(edits):.2f} on average, at most {max(edits)}",
+        "needed": f"{fmean(len(result.minimal_edits) for result in results):.2f} on average",
+        "seconds": f"{sum(result.seconds for result in results):.2f} for all, the network's forwards apart",
+    }
+    cosines = [edit.similarity for result in results for edit in result.edits]
+    if cosines:
+        totals["cosine"] = f"{fmean(cosines):.2f} on average between a cell and its replacement"
+    return totals
+
+
+def _smdl_row(result: SMDLExplanation) -> dict[str, str]:
+    enough = result.sufficient_prefix
+    return {
+        "regions": f"{result.best_prefix} of {result.region_count}",
+        "area": f"{result.area():.0%}",
+        "enough": "none" if enough is None else str(enough),
+        "whole": f"{result.probabilities_before.target:.0%}",
+        "alone": f"{result.probabilities_after.target:.0%}",
+        "insertion": f"{result.insertion_area:.2f}",
+        "deletion": f"{result.deletion_area:.2f}",
+        "forwards": str(result.evaluations),
+    }
+
+
+def _smdl_totals(results: Sequence[SMDLExplanation]) -> dict[str, str]:
+    enough = [result for result in results if result.sufficient_prefix is not None]
+    named = f"{len(enough)} of {len(results)}"
+    if enough:
+        areas = [result.area(result.sufficient_prefix) for result in enough]
+        counts = [result.sufficient_prefix or 0 for result in enough]
+        named += f"; in these {fmean(counts):.1f} regions ({fmean(areas):.0%} of the image) on average"
+    return {
+        "enough alone": named,
+        "alone": f"{fmean(result.probabilities_after.target for result in results):.0%} on average, "
+        f"and {fmean(result.probabilities_before.target for result in results):.0%} for the whole image",
+        "insertion": f"{fmean(result.insertion_area for result in results):.2f} on average",
+        "deletion": f"{fmean(result.deletion_area for result in results):.2f} on average",
+        "forwards": f"{sum(result.evaluations for result in results):,} for all",
+        "seconds": f"{sum(result.seconds for result in results):.1f} for all",
+    }
+
+
+METHODS: Final[dict[type[Explanation], Method]] = {
+    FGVCEExplanation: Method(
+        columns=("flip", "edits", "on parts", "ms"),
+        grade="on parts",
+        secondary=(),
+        row=_fgvce_row,
+        totals=_fgvce_totals,
+        graded=("on differing parts", "of the edits"),
+        guide="The network sees an image as a coarse grid of cells. The explanation changes some of them until the "
+        "answer is the wanted class: the true one, or the one asked for. In the top row are the image with the cells "
+        "that were replaced (numbered in their order), what made the network answer as it did, the parts of the object "
+        "behind that answer, and how the probabilities of both classes move with every replacement. Below, each "
+        "replaced cell stands beside the cell of a real image of the wanted class that took its place; the arrow "
+        "points to where it went. In the last row are the places that counted for the first answer before the edits "
+        "and for the wanted class after them, and their difference: what the repair brought, and what the mistake "
+        "stood on. Each of these maps is stretched to its own full range, so brightness can be compared within a map "
+        "and not between two.",
+    ),
+    SMDLExplanation: Method(
+        columns=("regions", "area", "enough", "whole", "alone", "parts at", "insertion", "deletion", "forwards"),
+        grade="parts at",
+        secondary=("forwards", "deletion", "insertion", "area", "whole"),
+        row=_smdl_row,
+        totals=_smdl_totals,
+        graded=("parts at", "of the image on average; 50% is chance"),
+        guide="The image is divided into regions, and these are put into an order: first the one that, shown alone, "
+        "says most for the class explained, then whichever adds most to those before it. Left is the image, in the "
+        "middle the regions with their place in that order (earlier ones are brighter, and the first five have yellow "
+        "numbers), and right what the network saw when it first named the class: as few of the first regions as are "
+        "enough. Where no number of them is enough, the regions of the best score are shown instead, and the title "
+        "says so. Below are two charts. In the left one the probability of the class rises as only the first regions "
+        "are shown, and falls as they are hidden from the whole image; an order is good where the first happens early "
+        "and the second too. In the right one is the score that the search made as large as it could with every "
+        "region, with its four terms; a star marks its best. The small print says how the search was made and what "
+        "can be relied on.",
+    ),
+}
+"""By the kind of their explanations."""
