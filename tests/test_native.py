@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import finecf
+import finecf.ops  # registers the fake kernels
 from finecf import _native
 
 PACKAGE = Path(_native.__file__).parent
@@ -81,9 +82,20 @@ def test_every_level_can_be_chosen_and_an_unknown_one_is_refused() -> None:
 
 
 @needs_library
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+def test_cuda_library_loads_without_a_device() -> None:
+    if not (Path(_native.__file__).parent / "_C_cuda.so").exists():
+        pytest.skip("_C_cuda.so was not built")
+    info = finecf.build_info()["cuda"]
+    assert info["loaded"], info["reason"]
+
+
+@needs_library
 @pytest.mark.parametrize("name", _native.OPERATORS)
-def test_every_schema_has_a_kernel_on_every_loaded_device(name: str) -> None:
+def test_every_schema_has_a_kernel_on_every_loaded_device_and_a_fake_one(name: str) -> None:
+    """What the fake kernels give is checked by opcheck, in tests/ops/test_compiled.py."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(f"finecf::{name}", "Meta")
     assert has_kernel(f"finecf::{name}", "CPU")
     if finecf.build_info()["cuda"]["loaded"]:
         assert has_kernel(f"finecf::{name}", "CUDA")

@@ -7,6 +7,7 @@ adds a function with its name here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ class Call(NamedTuple):
     plan: dict[str, int]
 
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
 OPERATORS: dict[str, Callable[[], Iterator[Call]]] = {}
 HALVES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     lambda values: values,
@@ -36,6 +39,12 @@ HALVES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     float64.bfloat16_bits,
 )
 """The types that the kernels read, from float32."""
+
+
+def launched_kernels() -> set[str]:
+    """The names under which the drivers of all families launch their kernels."""
+    text = "".join(path.read_text() for path in CSRC.glob("*/*_kernel.cuh"))
+    return set(re.findall(r'launcher\.run\(\s*"([^"]+)"', text))
 
 
 def operator(calls: Callable[[], Iterator[Call]]) -> Callable[[], Iterator[Call]]:

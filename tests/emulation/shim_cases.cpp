@@ -46,6 +46,61 @@ __global__ void halves(int* out) {
   __syncwarp();
 }
 
+// Shuffles carry 64 bits, of a number or of an index.
+__global__ void shuffle_wide(double* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const double value = 1e15 + lane;
+  const long long index = (1ll << 40) + lane;
+  out[lane] = __shfl_xor_sync(kAllLanes, value, 1) - 1e15;
+  out[32 + lane] = static_cast<double>(__shfl_down_sync(kAllLanes, index, 3) - (1ll << 40));
+}
+
+// Part of a warp meets alone: what its first lane wrote is there for the others.
+__global__ void meet_in_part(int* out) {
+  FINECF_STATIC_SHARED(int, left, 32);
+  const unsigned lane = threadIdx.x;
+  if (lane >= 24) return;
+  const unsigned mask = lane < 8 ? 0x000000ffu : 0x00ffff00u;
+  left[lane] = static_cast<int>(lane);
+  __syncwarp(mask);
+  const unsigned first = lane < 8 ? 0 : 8, last = lane < 8 ? 7 : 23;
+  out[lane] = left[last - (lane - first)];
+}
+
+// Every thread by its three numbers; all of them are different.
+__global__ void three_axes(int* out) {
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  out[block * blockDim.x * blockDim.y * blockDim.z + thread] = static_cast<int>(100 * block + thread);
+}
+
+// What 256 threads make of one number with each atomic.
+__global__ void atomics(int* out) {
+  const int i = static_cast<int>(threadIdx.x);
+  atomicAdd(out, i);
+  atomicSub(out + 1, i);
+  atomicMin(out + 2, i - 100);
+  atomicMax(out + 3, i);
+  atomicOr(out + 4, 1 << (i % 8));
+  atomicAnd(out + 5, ~(1 << (i % 8)));
+  atomicXor(out + 6, i);
+  int seen = out[7], expected;
+  __syncwarp();  // the other lanes read the same number, so that all but one must try again
+  do {
+    expected = seen;
+    seen = atomicCAS(out + 7, expected, expected + 2);
+  } while (seen != expected);
+  if (atomicExch(out + 8, 1) == 0) atomicAdd(out + 9, 1);
+}
+
+// Each block reads before it writes: what the block before it left must be gone.
+__global__ void leftovers(float* out) {
+  FINECF_STATIC_SHARED(float, fixed, 32);
+  FINECF_DYNAMIC_SHARED(float, asked);
+  out[blockIdx.x * 32 + threadIdx.x] = fixed[threadIdx.x] + asked[threadIdx.x];
+  fixed[threadIdx.x] = asked[threadIdx.x] = 1.0f;
+}
+
 __global__ void divergent_barrier() {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -80,6 +135,19 @@ __global__ void two_collectives(int* out) {
   } else {
     out[threadIdx.x] = __all_sync(kAllLanes, 1);
   }
+}
+
+__global__ void warp_barrier_without_caller() {
+  if (threadIdx.x < 20) __syncwarp(0x0000ffffu);
+}
+
+__global__ void warp_barrier_after_return() {
+  if (threadIdx.x == 9) return;
+  __syncwarp();
+}
+
+__global__ void differing_masks(int* out) {
+  out[threadIdx.x] = __any_sync(threadIdx.x < 16 ? kAllLanes : 0xffff0000u, 1);
 }
 
 __global__ void deadlock(int* out) {
@@ -117,6 +185,12 @@ __global__ void too_much_shared() {
 
 __global__ void past_array(const float* in, float* out, int by) { out[threadIdx.x] = in[threadIdx.x + by]; }
 
+__global__ void into_padding(float* out) { out[threadIdx.x] = 1.0f; }
+
+__global__ void shift_too_far(unsigned* out) { out[threadIdx.x] = 1u << threadIdx.x; }
+
+__global__ void overflow(int* out) { out[threadIdx.x] = 0x7ffffff0 + static_cast<int>(threadIdx.x); }
+
 __global__ void endless_stack(int* out) {
   volatile char room[128 * 1024];
   room[0] = 1;
@@ -149,6 +223,35 @@ std::string run(const std::string& name, uint64_t seed) {
   if (name == "shuffle_all_ways") return launch(32, 0, shuffle_all_ways, ints.data()), text(ints);
   if (name == "halves") return launch(32, 0, halves, ints.data()), text(ints);
   if (name == "unwritten_shared") return launch(64, 256, unwritten_shared, floats.data()), text(floats);
+  if (name == "shuffle_wide") {
+    const simt::DeviceArray<double> wide(64);
+    return launch(32, 0, shuffle_wide, wide.data()), text(wide);
+  }
+  if (name == "meet_in_part") return launch(32, 0, meet_in_part, ints.data()), text(ints);
+  if (name == "three_axes") {
+    const simt::DeviceArray<int> out(2 * 3 * 4 * 5 * 3 * 2);
+    simt::launch("three_axes", dim3(2, 3, 4), dim3(5, 3, 2), 0, seed, [&] { three_axes(out.data()); });
+    return text(out);
+  }
+  if (name == "atomics") {
+    const simt::DeviceArray<int> out(10);
+    for (int i = 0; i < 10; ++i) out.data()[i] = i == 5 ? -1 : 0;
+    return launch(256, 0, atomics, out.data()), text(out);
+  }
+  if (name == "leftovers") {
+    const simt::DeviceArray<float> out(96);
+    simt::launch("leftovers", dim3(3), dim3(32), 32 * sizeof(float), seed, [&] { leftovers(out.data()); });
+    return text(out);
+  }
+  if (name == "warp_barrier_without_caller") launch(32, 0, warp_barrier_without_caller);
+  if (name == "warp_barrier_after_return") launch(32, 0, warp_barrier_after_return);
+  if (name == "differing_masks") launch(32, 0, differing_masks, ints.data());
+  if (name == "into_padding") {
+    const simt::DeviceArray<float> out(33);
+    launch(34, 0, into_padding, out.data());
+  }
+  if (name == "shift_too_far") launch(33, 0, shift_too_far, reinterpret_cast<unsigned*>(ints.data()));
+  if (name == "overflow") launch(33, 0, overflow, ints.data());
   if (name == "divergent_barrier") launch(64, 0, divergent_barrier);
   if (name == "barrier_after_return") launch(64, 0, barrier_after_return);
   if (name == "mask_without_caller") launch(32, 0, mask_without_caller, ints.data());

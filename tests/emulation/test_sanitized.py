@@ -5,7 +5,6 @@ that such a run can fail. Faults that only a sanitizer sees are put into kernels
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import sysconfig
@@ -44,19 +43,13 @@ def run(build, compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_calls
 
 
-def launched_kernels() -> set[str]:
-    """The names under which the drivers of all families launch their kernels."""
-    text = "".join(path.read_text() for path in CSRC.glob("*/*_kernel.cuh"))
-    return set(re.findall(r'launcher\.run\(\s*"([^"]+)"', text))
-
-
 def test_every_kernel_is_clean_and_right(run: Run, emulated: ModuleType) -> None:
     exposed = {name for name in dir(emulated) if name[0] != "_"} - {"Plan", "kernels", "launches"}
     assert set(sanitized_cases.OPERATORS) == exposed
     calls = [(name, call) for name, make in sanitized_cases.OPERATORS.items() for call in make()]
     done = run(calls, sizes.SEEDS)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert set(json.loads(done.stdout)) == launched_kernels()
+    assert set(json.loads(done.stdout)) == sanitized_cases.launched_kernels()
 
 
 def one_game(classes: int = 5) -> dict[str, np.ndarray]:

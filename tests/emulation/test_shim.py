@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from emulation import sanitizer
 
 SOURCE = Path(__file__).with_name("shim_cases.cpp")
 SWITCHES = ["own", "ucontext"] if platform.machine() in ("x86_64", "aarch64") else ["ucontext"]
@@ -19,6 +21,9 @@ FAULTS = {
     "missing_lane": "lane 20 does not exist in this block",
     "reads_outside_mask": "reads lane 16, which is outside the mask 0x0000ffff",
     "two_collectives": "waits for this lane in __a",
+    "warp_barrier_without_caller": "__syncwarp with mask 0x0000ffff, which lacks the calling lane",
+    "warp_barrier_after_return": "return",
+    "differing_masks": "in __any_sync",
     "deadlock": "deadlock; thread",
     "bad_width": "shuffle width 12 is not a power of two up to 32",
     "past_dynamic_shared": "wrote past the end of dynamic shared memory",
@@ -38,6 +43,9 @@ NAMES_THREAD_AND_LINE = {
     "missing_lane",
     "reads_outside_mask",
     "two_collectives",
+    "warp_barrier_without_caller",
+    "warp_barrier_after_return",
+    "differing_masks",
     "deadlock",
     "bad_width",
 }
@@ -93,6 +101,37 @@ def test_parts_of_a_warp_under_their_own_masks(program: Path) -> None:
     assert values == [lane ^ 1 if lane < 16 else lane ^ 2 for lane in range(32)]
 
 
+def test_shuffles_carry_64_bits(program: Path) -> None:
+    values = [float(x) for x in outcome(program, "shuffle_wide").split()[1:]]
+    assert values[:32] == [lane ^ 1 for lane in range(32)]
+    assert values[32:] == [min(lane + 3, lane if lane > 28 else 31) for lane in range(32)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_warp_barrier_of_some_lanes(program: Path, seed: int) -> None:
+    values = [int(x) for x in outcome(program, "meet_in_part", seed).split()[1:]]
+    assert values[:24] == [7 - lane if lane < 8 else 31 - lane for lane in range(24)]
+    assert values[24:32] == [-7] * 8
+
+
+def test_threads_and_blocks_on_three_axes(program: Path) -> None:
+    values = [int(x) for x in outcome(program, "three_axes", 3).split()[1:]]
+    assert values == [100 * block + thread for block in range(24) for thread in range(30)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_atomics(program: Path, seed: int) -> None:
+    total = 255 * 128
+    values = [int(x) for x in outcome(program, "atomics", seed).split()[1:]]
+    assert values == [total, -total, -100, 255, 255, ~255, 0, 512, 1, 1]
+
+
+def test_shared_memory_is_poisoned_for_every_block(program: Path) -> None:
+    values = outcome(program, "leftovers", 1).split()[1:]
+    assert len(values) == 96
+    assert all("nan" in value for value in values)
+
+
 def test_shared_memory_is_nan_until_written(program: Path) -> None:
     values = outcome(program, "unwritten_shared").split()[1:]
     assert "nan" in values[0]
@@ -110,3 +149,53 @@ def test_faults_are_named(program: Path, case: str) -> None:
             assert "block (0,0,0)" in said
             assert "thread (" in said
             assert "shim_cases.cpp:" in said
+
+
+# Of an endless stack it depends on the addresses whether it is reported as such or as a bad access.
+SANITIZER_FINDS = {
+    "past_array": "AddressSanitizer: SEGV",
+    "into_padding": "AddressSanitizer: use-after-poison",
+    "past_static_shared": "AddressSanitizer: use-after-poison",
+    "past_dynamic_shared": "AddressSanitizer: use-after-poison",
+    "endless_stack": "AddressSanitizer: ",
+    "shift_too_far": "runtime error: shift exponent 32 is too large",
+    "overflow": "runtime error: signed integer overflow",
+}
+
+
+@pytest.fixture(scope="module")
+def sanitized(build, compiler: str) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """The cases with the sanitizers: fibers and their stacks must not confuse these."""
+    surroundings = sanitizer.environment(compiler)
+    program = build(SOURCE, "shim_cases-sanitized", *sanitizer.FLAGS)
+
+    def run(case: str) -> subprocess.CompletedProcess[str]:
+        command = [program, case, "1"]
+        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=60, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("case", SANITIZER_FINDS)
+def test_sanitizers_name_the_line(sanitized: Callable[[str], subprocess.CompletedProcess[str]], case: str) -> None:
+    done = sanitized(case)
+    assert done.returncode != 0
+    assert SANITIZER_FINDS[case] in done.stderr
+    assert "shim_cases.cpp:" in done.stderr
+
+
+@pytest.mark.parametrize("case", ["sum_block", "halves", "meet_in_part", "atomics", "leftovers", "shuffle_wide"])
+def test_sanitizers_are_silent_about_right_kernels(
+    sanitized: Callable[[str], subprocess.CompletedProcess[str]], program: Path, case: str
+) -> None:
+    done = sanitized(case)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, outcome(program, case, 1), "")
+
+
+@pytest.mark.parametrize("case", ["divergent_barrier", "returned_lane", "deadlock"])
+def test_faults_are_named_under_the_sanitizers(
+    sanitized: Callable[[str], subprocess.CompletedProcess[str]], case: str
+) -> None:
+    done = sanitized(case)
+    assert done.returncode == 0
+    assert FAULTS[case] in done.stdout
