@@ -98,6 +98,7 @@ class Problem:
     max_regions: int
     max_area: float = 1.0
     stop_score: float = math.inf
+    guess: Callable[[Chosen, list[int]], Tensor] | None = None
 
     @property
     def regions(self) -> int:
@@ -267,11 +268,30 @@ def lazy(trace: Trace, slack: float, width: int, effort: float) -> Search:
         chosen.add(trace.take(answer, answer.best()))
 
 
-def window(trace: Trace, share: float, picks: float) -> Search:
+def window(trace: Trace, width: int) -> Search:
+    """Greedy over a window of the `width` most promising candidates of each step (the pruning is PhaseWin's idea).
+
+    Which candidates those are is guessed from feature maps, where the head folds (`_surrogate.py`; ours). Elsewhere
+    phases stand in for the guess.
+    """
+    guess = trace.problem.guess
+    if guess is None:
+        yield from phases(trace, share=0.2, picks=0.5)
+        return
+    chosen = Chosen(trace.problem.distance)
+    while not trace.finished:
+        totals = guess(chosen, trace.open)
+        likely = totals.argsort(descending=True, stable=True)[:width].tolist()
+        answer = yield Ask(chosen, sorted(trace.open[position] for position in likely))
+        trace.measure(answer)
+        chosen.add(trace.take(answer, answer.best()))
+
+
+def phases(trace: Trace, share: float, picks: float) -> Search:
     """Phases (after PhaseWin, Chen et al. 2025): all open regions are scored, and the best of them form a window.
 
     Within a phase only the window is scored again. It holds `share` of the open regions, and the phase lasts until
-    `picks` of the window are ranked; both ours, chosen so that a ranking costs about a fifth of greedy's forwards.
+    `picks` of the window are ranked.
     """
     chosen = Chosen(trace.problem.distance)
     while not trace.finished:
@@ -322,7 +342,7 @@ def prefixes(trace: Trace) -> Search:
 SEARCHES: Final[dict[str, Callable[[Trace], Search]]] = {
     "greedy": greedy,
     "bidirectional": bidirectional,
-    "window": lambda trace: window(trace, share=0.5, picks=0.5),
+    "window": lambda trace: window(trace, width=5),
     "lazy": lambda trace: lazy(trace, slack=0.0, width=4, effort=0.1),
 }
 """The searches by name, with the settings that docs/smdl.md measures."""

@@ -20,6 +20,7 @@ from finecf.explainers._evaluation import Evaluation, Group, Terms
 from finecf.explainers._memory import budget_for
 from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
 from finecf.explainers._subset import NOISE_FACTOR, SEARCHES, Problem, Trace
+from finecf.explainers._surrogate import Surrogate
 from finecf.explainers.result import Maps, Probabilities, SMDLExplanation
 from finecf.models import Classifier
 from finecf.models.layers import close_names
@@ -298,7 +299,7 @@ class SMDL:
         """One group: label maps, single regions, the searches side by side, then the results."""
         started = time.perf_counter()
         micro_batch = self._micro_batch(runner, x[0])
-        logits, features = runner.with_features(runner.layout(x))
+        logits, maps = _looked_at(runner, x, micro_batch)
         if not bool(torch.isfinite(logits).all()):
             raise ValueError("the model gives NaN or inf logits for these images; check the model or the images")
         predicted = logits.argmax(1)
@@ -312,11 +313,12 @@ class SMDL:
             regions=[int(each.max()) + 1 for each in labels],
             target=target,
             whole=logits,
-            whole_features=features if self.terms.pooled else None,
+            whole_features=maps.mean((2, 3)) if self.terms.pooled else None,
             numbers=list(range(first, first + len(x))),
         )
         evaluation = Evaluation(runner, self.terms, micro_batch)
         noise = evaluation.start(group)
+        guesses = self._guesses(runner, group, maps, micro_batch)
         problems = [
             Problem(
                 distance=group.distance[b, :m, :m].cpu(),
@@ -327,6 +329,7 @@ class SMDL:
                 max_regions=self.max_regions or m,
                 max_area=1.0 if self.max_area is None else self.max_area,
                 stop_score=math.inf if self.stop_score is None else self.stop_score,
+                guess=guesses[b],
             )
             for b, (m, score) in enumerate(zip(group.regions, evaluation.empty_scores(group), strict=True))
         ]
@@ -351,6 +354,33 @@ class SMDL:
                 result.notes.append(f"interrupted after {len(result.order)} of {result.region_count} regions")
             raise Interrupted(results, len(x)) from interrupted
         return results
+
+    def _guesses(
+        self, runner: Runner, group: Group, maps: Tensor, micro_batch: int
+    ) -> list[Callable[[_subset.Chosen, list[int]], Tensor] | None]:
+        """What the window search orders its candidates by; None where it is not asked for or the head does not fold."""
+        count = len(group.regions)
+        fold = self.classifier.fold(maps) if self.search == "window" else None
+        if fold is None:
+            return [None] * count
+        one_colour = group.baseline.ndim == 1
+        baseline = group.baseline[None, :, None, None].expand_as(group.images[:1]) if one_colour else group.baseline
+        _, blank = _looked_at(runner, baseline, micro_batch)
+        for b in range(count):
+            group.forwards[b] += 1
+        return [
+            Surrogate(
+                fold,
+                maps[b],
+                blank[0 if one_colour else b],
+                group.labels[b],
+                group.regions[b],
+                int(group.target[b]),
+                self.terms.weights,
+                self.terms.confidence,
+            ).totals
+            for b in range(count)
+        ]
 
     def _result(
         self,
@@ -430,7 +460,7 @@ class SMDL:
             )
         if self.search == "bidirectional":
             return "the front half is greedy among the regions that the back end has left"
-        return "every region is the best next one of its window"
+        return "every region is the best next one of its window of candidates"
 
     def _notes(self, trace: Trace) -> list[str]:
         notes = []
@@ -449,6 +479,12 @@ class SMDL:
                 f"forward ({trace.problem.noise:.1e})"
             )
         return notes
+
+
+def _looked_at(runner: Runner, images: Tensor, micro_batch: int) -> tuple[Tensor, Tensor]:
+    """Logits [B,C] and maps [B,D,H,W] of whole images, a micro-batch at a time."""
+    parts = [runner.with_maps(runner.layout(part)) for part in images.split(micro_batch)]
+    return torch.cat([logits for logits, _ in parts]), torch.cat([maps for _, maps in parts])
 
 
 def rank_saliency(order: Sequence[int], total: Tensor, empty_score: float, regions: int) -> Tensor:

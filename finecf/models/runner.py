@@ -85,18 +85,26 @@ class Runner:
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B,C], and the mean [B,D] over the cells of the wrapped layer's map."""
-        pooled: list[Tensor] = []
+        return self._hooked(x, lambda maps: maps.mean((2, 3)))
 
-        def pool(_module: nn.Module, _inputs: object, output: object) -> None:
-            pooled.append(self.classifier.map_of(output).mean((2, 3)))  # at once: layers behind may work in place
+    def with_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B,C], and the wrapped layer's map [B,D,H,W]."""
+        return self._hooked(x, torch.clone)
+
+    def _hooked(self, x: Tensor, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits, and what `take` gives of the map: at once, since layers behind may work in place."""
+        taken: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+            taken.append(take(self.classifier.map_of(output)))
 
         with plain_eval(self._plain, x.device.type):
-            handle = self._plain.get_submodule(self.classifier.layer_name).register_forward_hook(pool)
+            handle = self._plain.get_submodule(self.classifier.layer_name).register_forward_hook(keep)
             try:
                 logits = self.classifier.logits_of(self._plain(x.to(self._dtype)))
             finally:
                 handle.remove()
-        return logits, pooled[0]
+        return logits, taken[0]
 
     def verify(self, x: Tensor) -> None:
         """Compare the copy with the model itself on images [B,Ch,H,W]; a fold that changed the logits is undone."""
