@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand, one after the other."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Small(nn.Module):
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests (a copy of the package alone)")
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(examples) == 2
     torch.manual_seed(0)
     model = Small()
     images = torch.rand(60, 3, 32, 32)
@@ -36,6 +37,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names = ["Bohemian Waxwing", "Cedar Waxwing", "Elegant Trogon"]
     image = images[(predicted != 1).nonzero()[0, 0]]
     monkeypatch.chdir(tmp_path)
-    exec(example, {"model": model, "names": names, "train_loader": [(images, predicted)], "image": image})
+    exec("".join(examples), {"model": model, "names": names, "train_loader": [(images, predicted)], "image": image})
     assert (tmp_path / "why.png").stat().st_size > 10_000
+    assert (tmp_path / "regions.png").stat().st_size > 10_000
     assert (tmp_path / "why.safetensors").exists()

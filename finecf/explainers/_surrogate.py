@@ -39,7 +39,9 @@ class Surrogate:
         confidence: str,
     ) -> None:
         shown = F.one_hot(labels.to(image.device).long(), regions).permute(2, 0, 1).to(image.dtype)
-        self._share = F.adaptive_avg_pool2d(shown[None], (image.shape[1], image.shape[2]))[0].flatten(1)  # [m,P]: of each cell's area
+        self._share = F.adaptive_avg_pool2d(shown[None], (image.shape[1], image.shape[2]))[0].flatten(
+            1
+        )  # [m,P]: of each cell's area
         maps = torch.stack([image, blank])
         linear = fold.kind == "linear"
         there, elsewhere = fold.cell_logits(maps) if linear else fold.cell_preactivations(maps)
