@@ -6,7 +6,8 @@
 The folder of photographs, models and weights is found at FINECF_REALDATA, else at ../shared/realdata: `--right` bird
 photographs that the model gets right, all that it gets wrong (target: the true class), and the ImageNet photographs of
 dogs (target: the predicted class). `--part 1/2` takes every second image, for two processes side by side; what is
-finished is kept in the file, and a second call goes on from there. What is removed shows the mean colour of the
+finished is kept in the file, and a second call goes on from there. `--precision bfloat16` makes the maps with forwards
+in half precision; the curves are always of the model as it is. What is removed shows the mean colour of the
 photographs, in SMDL and in the evaluator alike.
 """
 
@@ -70,14 +71,12 @@ def photographs(root: Path, right: int) -> dict[str, tuple[Any, Tensor, Tensor]]
     return groups
 
 
-def evaluate(clf: Any, image: Tensor, target: int, colour: Tensor, greedy: bool) -> dict[str, Any]:
-    """All scores of one image."""
+def evaluate(
+    clf: Any, runners: tuple[Runner, Runner], image: Tensor, target: int, colour: Tensor, greedy: bool, precision: str
+) -> dict[str, Any]:
+    """All scores of one image; the first runner reads curves, the second makes maps."""
     x, wanted = image[None], torch.tensor([target])
-    runner = Runner(clf, channels_last=True)
-    runner.verify(x)
-
-    def classify(images: Tensor) -> Tensor:
-        return runner(runner.layout(images))
+    classify, explore = (lambda images, run=run: run(run.layout(images)) for run in runners)
 
     labels = finecf.regions.slico(image, 49)
     maps: dict[str, Tensor] = {}
@@ -87,14 +86,16 @@ def evaluate(clf: Any, image: Tensor, target: int, colour: Tensor, greedy: bool)
     if greedy:
         settings |= {"SMDL greedy": ("greedy", PUBLISHED), "SMDL window, weights 1": ("window", None)}
     for name, (search, weights) in settings.items():
-        explainer = finecf.SMDL(clf, search=search, weights=weights, baseline=colour, micro_batch=8)
+        explainer = finecf.SMDL(
+            clf, search=search, weights=weights, baseline=colour, micro_batch=8, precision=precision
+        )
         started = time.perf_counter()
         (found,) = explainer.explain(image, target, regions=labels)
         seconds[name], forwards[name] = time.perf_counter() - started, found.evaluations
         maps[name] = found.maps["saliency"].float()
     maps["Grad-CAM"] = grad_cam(clf, x, wanted)[0]
-    maps["occlusion"] = occlusion(classify, x, wanted, baseline=colour, batch_size=8)[0]
-    maps[f"RISE, {RISE_MASKS} masks"] = rise(classify, x, wanted, masks=RISE_MASKS, baseline=colour)[0]
+    maps["occlusion"] = occlusion(explore, x, wanted, baseline=colour, batch_size=8)[0]
+    maps[f"RISE, {RISE_MASKS} masks"] = rise(explore, x, wanted, masks=RISE_MASKS, baseline=colour)[0]
     order = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).float()
     maps["random order"] = order[labels.long()]
     scores = {}
@@ -118,12 +119,19 @@ def run(arguments: argparse.Namespace) -> None:
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     groups = photographs(root, arguments.right)
     colour = groups["right"][1].mean((0, 2, 3))
+    runners = {}
+    for group, (clf, images, _) in groups.items():
+        runners[group] = Runner(clf, channels_last=True), Runner(clf, arguments.precision, channels_last=True)
+        for runner in runners[group]:
+            runner.verify(images[:1])
     most = max(len(images) for _, images, _ in groups.values())
     for i in range(part - 1, most, parts):  # across the groups, so that a run that is cut has some of each
         for group, (clf, images, target) in groups.items():
             if i < len(images) and f"{group} {i}" not in done:
                 greedy = i < arguments.greedy
-                done[f"{group} {i}"] = evaluate(clf, images[i], int(target[i]), colour, greedy)
+                done[f"{group} {i}"] = evaluate(
+                    clf, runners[group], images[i], int(target[i]), colour, greedy, arguments.precision
+                )
                 arguments.out.write_text(json.dumps(done))
 
 
@@ -177,6 +185,7 @@ def main() -> None:
         default=0,
         help="on the first K images of each group also the exact search, and weights of 1",
     )
+    parser.add_argument("--precision", default="float32", help="of the forwards that make the maps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", type=Path, nargs="+", help="print the tables of these files")
     parser.add_argument("--markdown", type=Path)
