@@ -268,11 +268,12 @@ def lazy(trace: Trace, slack: float, width: int, effort: float) -> Search:
         chosen.add(trace.take(answer, answer.best()))
 
 
-def window(trace: Trace, width: int) -> Search:
-    """Greedy over a window of the `width` most promising candidates of each step (the pruning is PhaseWin's idea).
+def window(trace: Trace, guessed: int, remembered: int) -> Search:
+    """Greedy over a window of the most promising candidates of each step (the pruning is PhaseWin's idea).
 
-    Which candidates those are is guessed from feature maps, where the head folds (`_surrogate.py`; ours). Elsewhere
-    phases stand in for the guess.
+    The window holds the `guessed` candidates whose scores, guessed from feature maps (`_surrogate.py`; ours), are the
+    highest, and of the others the `remembered` ones whose gains were the largest when they were last measured. Where
+    the head does not fold there is no guess, and phases stand in.
     """
     guess = trace.problem.guess
     if guess is None:
@@ -280,9 +281,14 @@ def window(trace: Trace, width: int) -> Search:
         return
     chosen = Chosen(trace.problem.distance)
     while not trace.finished:
-        totals = guess(chosen, trace.open)
-        likely = totals.argsort(descending=True, stable=True)[:width].tolist()
-        answer = yield Ask(chosen, sorted(trace.open[position] for position in likely))
+        # The single regions are known already: all of them are looked at in the first step.
+        asked = trace.open
+        if trace.order:
+            ranked = guess(chosen, trace.open).argsort(descending=True, stable=True).tolist()
+            regions = [trace.open[position] for position in ranked]
+            others = sorted(regions[guessed:], key=lambda region: (-float(trace.gains[region]), region))
+            asked = sorted(regions[:guessed] + others[:remembered])
+        answer = yield Ask(chosen, asked)
         trace.measure(answer)
         chosen.add(trace.take(answer, answer.best()))
 
@@ -342,7 +348,7 @@ def prefixes(trace: Trace) -> Search:
 SEARCHES: Final[dict[str, Callable[[Trace], Search]]] = {
     "greedy": greedy,
     "bidirectional": bidirectional,
-    "window": lambda trace: window(trace, width=5),
+    "window": lambda trace: window(trace, guessed=4, remembered=1),
     "lazy": lambda trace: lazy(trace, slack=0.0, width=4, effort=0.1),
 }
 """The searches by name, with the settings that docs/smdl.md measures."""
