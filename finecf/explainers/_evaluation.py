@@ -5,7 +5,7 @@ The searches of `_subset.py` ask; here the questions of all images of a group ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -159,7 +159,13 @@ class Evaluation:
             outputs = outputs._replace(removed=None)
         return self._gains(group, everyone, torch.zeros_like(everyone), outputs).total.tolist()
 
-    def run(self, group: Group, searches: Sequence[Search], removed: bool | None = None) -> None:
+    def run(
+        self,
+        group: Group,
+        searches: Sequence[Search],
+        removed: bool | None = None,
+        after_round: Callable[[], object] = lambda: None,
+    ) -> None:
         """Run one search for each image, side by side; `removed`: whether their sets are also scored as removed."""
         removed = self.terms.deletion if removed is None else removed
         asks = {b: ask for b, search in enumerate(searches) if (ask := next(search, None)) is not None}
@@ -169,6 +175,7 @@ class Evaluation:
                     asks[b] = searches[b].send(answer)
                 except StopIteration:
                     del asks[b]
+            after_round()
 
     # One round of questions
 

@@ -56,12 +56,12 @@ def plain(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(progress: bool | None, total: int) -> Iterator[Callable[[int], object]]:
+def progress_bar(progress: bool | None, total: int, unit: str = "image") -> Iterator[Callable[[int], object]]:
     """A progress bar's `update`; nothing is shown where progress is not asked for."""
     if not progress:
         yield lambda _: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="explaining", unit="image") as bar:
+    with tqdm(total=total, desc="explaining", unit=unit) as bar:
         yield bar.update

@@ -72,7 +72,7 @@ class SMDL:
         memory_budget: bytes for what is computed beside the model's weights; None: a quarter of what is free, at most
             1 GiB.
         generator: taken for the sake of one signature; nothing is drawn.
-        progress: whether to show a progress bar over the images.
+        progress: whether to show a progress bar over the regions ranked.
 
     Raises:
         ValueError: a setting is unknown or out of range.
@@ -175,7 +175,8 @@ class SMDL:
         if len(x) == 0:
             return done
         runner = self._ready(x)
-        with plain(self.classifier.device), progress_bar(self.progress, len(x)) as advance:
+        total = len(x) * self.region_count
+        with plain(self.classifier.device), progress_bar(self.progress, total, "region") as advance:
             size = self._group_size(x[0])
             for start in range(0, len(x), size):
                 own = slice(start, start + size)
@@ -189,12 +190,12 @@ class SMDL:
                         None if given is None else given[own],
                         names[own],
                         start,
+                        advance,
                     )
                 except Interrupted as stop:
                     raise Interrupted(done + stop.explanations, len(x)) from stop
                 except KeyboardInterrupt as stop:
                     raise Interrupted(done, len(x)) from stop
-                advance(len(x[own]))
         return done
 
     def attribute(
@@ -295,6 +296,7 @@ class SMDL:
         given: list[Tensor] | None,
         names: list[str | None],
         first: int,
+        advance: Callable[[int], object],
     ) -> list[SMDLExplanation]:
         """One group: label maps, single regions, the searches side by side, then the results."""
         started = time.perf_counter()
@@ -334,10 +336,20 @@ class SMDL:
             for b, (m, score) in enumerate(zip(group.regions, evaluation.empty_scores(group), strict=True))
         ]
         traces = [Trace(problem) for problem in problems]
-        interrupted = None
+        interrupted, shown_progress = None, 0
+
+        def report(done: int) -> None:
+            nonlocal shown_progress
+            advance(done - shown_progress)
+            shown_progress = done
+
+        def count_ranked() -> None:
+            report(sum(min(len(trace.order), self.region_count) for trace in traces))
+
         try:
-            evaluation.run(group, [SEARCHES[self.search](trace) for trace in traces])
+            evaluation.run(group, [SEARCHES[self.search](trace) for trace in traces], after_round=count_ranked)
             evaluation.run(group, [_subset.prefixes(trace) for trace in traces], removed=True)
+            report(len(x) * self.region_count)
         except KeyboardInterrupt as stop:
             interrupted = stop
         seconds = (time.perf_counter() - started) / len(x)

@@ -394,3 +394,10 @@ def test_ctrl_c_keeps_what_is_done() -> None:
     assert 0 < len(kept[8].order) < 9
     assert kept[8].order == whole[8].order[: len(kept[8].order)]
     assert any("interrupted after" in note for note in kept[8].notes)
+
+
+def test_the_progress_bar_counts_regions(capsys: pytest.CaptureFixture[str]) -> None:
+    finecf.SMDL(classifier(), region_count=9, progress=True).explain(
+        pictures(2), regions=finecf.regions.grid(12, 12, 9)
+    )
+    assert "18/18" in capsys.readouterr().err
