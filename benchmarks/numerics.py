@@ -609,12 +609,20 @@ def emulator_array(name: str, value: torch.Tensor) -> Array:
     return value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
 
 
+def from_emulator(part: Array) -> Array:
+    """bfloat16 goes in and comes out as its bits, in uint16."""
+    if part.dtype != np.uint16:
+        return part
+    return torch.from_numpy(part.view(np.int16)).view(torch.bfloat16).double().numpy()
+
+
 def run(name: str, backend: str, given: Arguments, device: str) -> tuple[Array, ...]:
     """The operator's results in numpy, real ones in longdouble."""
     module = emulation()
     if backend == "CUDA, emulated" and module is not None:
         arrays = {key: emulator_array(key, each) if torch.is_tensor(each) else each for key, each in given.items()}
         result = getattr(module, name)(**arrays, plan=module.Plan())
+        result = tuple(map(from_emulator, result)) if isinstance(result, tuple) else from_emulator(result)
     else:
         tensors = {key: each.to(device) if torch.is_tensor(each) else each for key, each in given.items()}
         with chosen(backend):
