@@ -339,7 +339,7 @@ def _demo_birds(n: int) -> list[Run]:
         "into regions and puts them into the order in which they speak for the true class; regions that are left out "
         "are blurred. The column 'parts at' says how much of the image stands before the parts that really tell the "
         "two classes apart.",
-        SMDL(classifier, search="lazy", baseline="blur"),
+        SMDL(classifier, search="window", baseline="blur"),
     )
     for mistake in mistakes:
         item = mistake.item
