@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from finecf import ops
 from finecf.explainers import _subset
 from finecf.explainers._evaluation import Evaluation, Group, Terms
+from finecf.explainers._memory import checked_micro_batch
 from finecf.explainers._shared import one_of, plain
 from finecf.explainers._subset import Problem, Search, Trace
 from finecf.explainers.smdl import checked_weights
@@ -103,15 +104,13 @@ class _SubModularExplanation:
     ) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1: the number of regions to rank; got {k}")
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, or None; got {micro_batch}")
         self.model = model
         self.preproccessing_function = preproccessing_function
         self.k = k
         self.device = _device(device, model)
         depth = type(self).__mro__.index(_SubModularExplanation)
         self.weights = _weights(numbers, weights, stacklevel=3 + depth)
-        self.micro_batch = micro_batch or _MICRO_BATCH.get(self.device.type, 16)
+        self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(self.device.type, 16)
         self.report: Report | None = None
 
     def __call__(self, image_set: Sequence[Picture], id: int | None = None) -> Result:

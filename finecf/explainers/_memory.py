@@ -34,3 +34,14 @@ def budget_for(device: torch.device, asked: int | None) -> int:
     if asked <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes or None, got {asked}")
     return int(asked)
+
+
+def checked_micro_batch(asked: int | None) -> int | None:
+    """How many images the user lets go through the model at a time; None: it is for us to say.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"micro_batch must be at least 1, or None; got {asked}")
+    return asked

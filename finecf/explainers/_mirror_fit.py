@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from finecf.explainers import _mirror_losses as losses
+from finecf.explainers._mirror_draw import prior_of
 from finecf.explainers._reflection import GapHead, shifted_maps
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors, save_tensors
-from finecf.models.decoder import MirrorDecoder, PatchDiscriminator, spatial_prior
+from finecf.models.decoder import MirrorDecoder, PatchDiscriminator
 
 LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "triangulation")
 _BATCH_WHILE_LOOKING = 64
@@ -242,6 +243,8 @@ class Trainer:
     def __post_init__(self) -> None:
         device = self.classifier.device
         self.decoder.to(device).train().requires_grad_(True)
+        if self.decoder.shape.skips and device.type == "cpu":
+            self.decoder.to(memory_format=torch.channels_last)  # a quarter faster on large images
         self.discriminator = PatchDiscriminator(self.decoder.shape.image[0], self.recipe.discriminator).to(device)
         settings: dict[str, Any] = {"lr": self.recipe.learning_rate, "betas": self.recipe.betas}
         self.optimisers = {
@@ -362,7 +365,7 @@ class Trainer:
     def _decode_pair(
         self, features: Tensor, skips: list[Tensor], reflected: Any, sample: Sample
     ) -> tuple[Tensor, Tensor]:
-        """The images at k and at 0: one batch, so that batch norms see both.
+        """The images at k and what is drawn at 0: one batch, so that batch norms see both.
 
         The image at 0 is drawn under the prior of k, so that the editor learns to leave alone what it may change (O).
         """
@@ -372,10 +375,12 @@ class Trainer:
         prior = None
         if skips:
             both = sample.source.repeat(2), sample.target.repeat(2)
-            prior = prior_of(self.classifier, self.decoder, maps, *both, sample.k.repeat(2).to(features.dtype))
+            k = sample.k.repeat(2).to(features.dtype)
+            prior = prior_of(self.classifier, self.decoder, torch.cat([features, features]), maps, *both, k)
         prepared = [torch.cat([each, each]) for each in self.decoder.prepare(skips)]
         images = self._decode(maps, [torch.cat([each, each]) for each in skips], prepared, prior).float()
-        return images[: len(features)], images[len(features) :]
+        drawn, start = images.chunk(2)
+        return self.decoder.shown(sample.images, drawn, start, None if prior is None else prior.chunk(2)[0]), start
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         return self.classifier.pyramid(images) if self.decoder.shape.skips else [self.classifier.encode(images)[0]]
@@ -478,15 +483,6 @@ def cell_margins(
     normal, offset = head.weight[source] - head.weight[target], head.bias[source] - head.bias[target]
     margins = torch.einsum("bd,bdhw->bhw", normal, features.double()) + offset[:, None, None]
     return head.directions(source, target, settings.reflection), margins
-
-
-def prior_of(
-    classifier: Classifier, decoder: MirrorDecoder, maps: Tensor, source: Tensor, target: Tensor, k: Tensor
-) -> Tensor:
-    """The spatial prior of moved maps [B,D,h,w], float [B,h,w]."""
-    detached = maps.detach()
-    activations = classifier.cam(detached, source), classifier.cam(detached, target)
-    return spatial_prior(*activations, k, decoder.prior_range)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

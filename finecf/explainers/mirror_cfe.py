@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from finecf.explainers import _mirror_fit as fitting
-from finecf.explainers._memory import budget_for
+from finecf.explainers._memory import budget_for, checked_micro_batch
+from finecf.explainers._mirror_draw import Canvas, Steps, places_of
 from finecf.explainers._reflection import (
     REFLECTIONS,
     GapHead,
@@ -41,7 +42,6 @@ UNTRAINED: Final = ("warn", "refuse")
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
 
 Target = int | str | Tensor | Sequence[int | str]
-Steps = int | Sequence[float] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +157,7 @@ class MirrorCFE:
         if not 0 < resolution <= 0.5:
             raise ValueError(f"resolution is a step of k and must lie in (0, 0.5]; got {resolution}")
         self.resolution = resolution
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, or None; got {micro_batch}")
-        self.micro_batch = micro_batch or _MICRO_BATCH.get(classifier.device.type, 32)
+        self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(classifier.device.type, 32)
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
         self.progress = progress
@@ -195,7 +193,7 @@ class MirrorCFE:
             head = self._gap_head(features, logits)
             own, wanted = self._classes(logits, source, target)
             reflected = head.reflect(features.mean((2, 3)), own, wanted, self.reflection)
-            return self._path(head, reflected, own, wanted, _steps(steps, x.device), features.dtype)
+            return self._path(head, reflected, own, wanted, places_of("steps", steps, x.device), features.dtype)
 
     def class_distances(self, images: object, *, source: Target | None = None) -> ClassDistances:
         """How far each image is from every class: all targets at once, by the closed form (or eq. 1).
@@ -557,7 +555,7 @@ class MirrorCFE:
                 "or fit a decoder for this size"
             )
         fitting.check_range(x, decoder.low, decoder.high)
-        k = _steps(steps, x.device)
+        k = places_of("steps", steps, x.device)
         results: list[MirrorExplanation] = []
         with plain(self.classifier.device), progress_bar(self.progress, len(x)) as advance:
             self.classifier.logits(x[:1])  # afterwards the number of classes is known, and targets can be checked
@@ -589,7 +587,7 @@ class MirrorCFE:
     ) -> list[MirrorExplanation]:
         started = time.perf_counter()
         drawing = self._drawing(decoder, x, targets, origins, number)
-        path = self._path(drawing.head, drawing.reflected, drawing.source, drawing.target, k, x.dtype)
+        path = self._path(drawing.head, drawing.reflected, drawing.canvas.source, drawing.canvas.target, k, x.dtype)
         strip, strip_logits, strip_latents = [], [], []
         rows = torch.arange(len(x), device=x.device)
         for each in k:
@@ -606,7 +604,7 @@ class MirrorCFE:
         before = drawing.logits.double().softmax(1)
         results = []
         for b in range(len(x)):
-            source, target = int(drawing.source[b]), int(drawing.target[b])
+            source, target = int(drawing.canvas.source[b]), int(drawing.canvas.target[b])
             predicted = int(before[b].argmax())
             found = not math.isnan(float(first_k[b]))
             chosen = first[b] if found else mirror[b]
@@ -670,34 +668,22 @@ class MirrorCFE:
         reflected = head.reflect(features.mean((2, 3)), own, wanted, self.reflection)
         self._check_pairs(own, wanted)
         unit, margins = fitting.cell_margins(self.classifier, head, features, own, wanted, self)
-        return _Drawing(
-            self.classifier,
-            decoder,
-            head,
-            features,
-            logits,
-            reflected,
-            own,
-            wanted,
-            unit,
-            margins,
-            skips,
-            decoder.prepare(skips),
-        )
+        canvas = Canvas.of(self.classifier, decoder, x, features, own, wanted, skips)
+        return _Drawing(canvas, head, logits, reflected, unit, margins)
 
     def _first(self, drawing: _Drawing) -> tuple[Tensor, list[Tensor], list[Tensor], list[int]]:
         """The first k beyond 1/2 at which each image is called the target, that image, its logits, images drawn."""
-        count = len(drawing.source)
-        device = drawing.source.device
+        count = len(drawing.canvas.source)
+        device = drawing.canvas.source.device
         found = torch.full((count,), math.nan, dtype=torch.float64, device=device)
-        nothing = drawing.features.new_empty(0)
+        nothing = drawing.canvas.features.new_empty(0)
         images, logits, drawn = [nothing] * count, [nothing] * count, [0] * count
         open_rows = torch.arange(count, device=device)
         number = math.ceil(0.5 / self.resolution - 1e-9)
         for place in range(1, number + 1):
             k = 0.5 + 0.5 * place / number
             image, _, said = drawing.at(open_rows, torch.full((len(open_rows),), k, dtype=torch.float64, device=device))
-            won = said.argmax(1) == drawing.target[open_rows]
+            won = said.argmax(1) == drawing.canvas.target[open_rows]
             for position, row in enumerate(open_rows.tolist()):
                 drawn[row] += 1
                 if won[position]:
@@ -757,31 +743,19 @@ class MirrorCFE:
 class _Drawing:
     """A batch of images with all that drawing them at any k needs."""
 
-    classifier: Classifier
-    decoder: MirrorDecoder
+    canvas: Canvas
     head: GapHead
-    features: Tensor
     logits: Tensor
     reflected: Reflected
-    source: Tensor
-    target: Tensor
     unit: Tensor | None
     margins: Tensor | None
-    skips: list[Tensor]
-    prepared: list[Tensor]
 
     def at(self, rows: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images of some rows at their k [n], and the map and logits that the classifier makes of them."""
         part = Reflected(*(None if each is None else each[rows] for each in self.reflected))  # type: ignore[arg-type]
         unit, margins = (None if each is None else each[rows] for each in (self.unit, self.margins))
-        maps = shifted_maps(self.features[rows], part, k, unit, margins)
-        prior = None
-        if self.skips:
-            classes = self.source[rows], self.target[rows]
-            prior = fitting.prior_of(self.classifier, self.decoder, maps, *classes, k.to(maps.dtype))
-        skips, prepared = ([each[rows] for each in several] for several in (self.skips, self.prepared))
-        images = self.decoder(maps, skips, prepared, prior)
-        return images, *self.classifier.features_and_logits(images)
+        images = self.canvas.draw(rows, shifted_maps(self.canvas.features[rows], part, k, unit, margins), k)
+        return images, *self.canvas.classifier.features_and_logits(images)
 
 
 @contextmanager
@@ -799,18 +773,6 @@ def _training_bar(progress: bool | None, trainer: fitting.Trainer) -> Iterator[C
             bar.update(1)
 
         yield advance
-
-
-def _steps(steps: Steps, device: torch.device) -> Tensor:
-    """The k of a path, float64 [K]."""
-    if isinstance(steps, int):
-        if steps < 2:
-            raise ValueError(f"steps must be at least 2, from k = 0 to k = 1, or the k themselves; got {steps}")
-        return torch.linspace(0, 1, steps, dtype=torch.float64, device=device)
-    k = torch.as_tensor(steps, dtype=torch.float64, device=device)
-    if k.ndim != 1 or len(k) == 0 or not bool(((k >= 0) & (k <= 1)).all()):
-        raise ValueError(f"steps must be a number, or k between 0 and 1; got {steps}")
-    return k
 
 
 def _named_pairs(classifier: Classifier, pairs: Sequence[Sequence[int]]) -> str:

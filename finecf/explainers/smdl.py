@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finecf.explainers import _subset
 from finecf.explainers._evaluation import Evaluation, Group, Terms
-from finecf.explainers._memory import budget_for
+from finecf.explainers._memory import budget_for, checked_micro_batch
 from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
 from finecf.explainers._subset import NOISE_FACTOR, Problem, Trace
 from finecf.explainers._subset import SEARCHES as SEARCHES  # for those who offer a choice of them
@@ -118,13 +118,11 @@ class SMDL:
             raise ValueError(f"max_regions must be at least 1, or None; got {max_regions}")
         if max_area is not None and not 0 < max_area <= 1:
             raise ValueError(f"max_area is a share of the image and must lie in (0, 1], or be None; got {max_area}")
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, or None; got {micro_batch}")
         self.precision = one_of("precision", precision, tuple(PRECISIONS))
         self.channels_last = channels_last
         self.fold_batch_norm = fold_batch_norm
         self.compile = compile
-        self.micro_batch = micro_batch
+        self.micro_batch = checked_micro_batch(micro_batch)
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
         self.progress = progress

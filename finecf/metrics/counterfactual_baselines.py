@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finecf.explainers._mirror_fit import prior_of
+from finecf.explainers._mirror_draw import Canvas, places_of
 from finecf.metrics._inputs import ImageRange, as_bounds, as_classes, as_images, checked_logits, rows_per_batch
 from finecf.models import Classifier
 
@@ -246,7 +246,7 @@ def latent_interpolation(
         if tuple(each.shape[1:]) != decoder.shape.image:
             raise ValueError(f"{name} are {list(each.shape[1:])}; the decoder draws {list(decoder.shape.image)}.")
     wanted = as_classes(target, len(images), images.device)
-    places = _places(k, images.device)
+    places = places_of("k", k, images.device)
     known = _Known.of(classifier, references, labels, mirror.micro_batch)
     parts = []
     with classifier.eval_mode():
@@ -300,14 +300,8 @@ class _Known:
 class _Line:
     """The path of a batch of images: maps f + k delta, and what drawing them needs."""
 
-    classifier: Classifier
-    decoder: MirrorDecoder
-    features: Tensor
+    canvas: Canvas
     delta: Tensor
-    source: Tensor
-    target: Tensor
-    skips: list[Tensor]
-    prepared: list[Tensor]
     reference: Tensor
     distance: Tensor
 
@@ -337,32 +331,28 @@ class _Line:
             delta = (known.latents[reference] - latents)[:, :, None, None]
         else:
             delta = (classifier.features(references[reference]) - features).double()
-        prepared = decoder.prepare(skips)
-        return _Line(classifier, decoder, features, delta, source, target, skips, prepared, reference, distance)
+        canvas = Canvas.of(classifier, decoder, x, features, source, target, skips)
+        return _Line(canvas, delta, reference, distance)
 
     def at(self, rows: Tensor, k: float) -> tuple[Tensor, Tensor]:
         """Images of some rows, and their logits."""
-        maps = self.features[rows] + (k * self.delta[rows]).to(self.features.dtype)
-        prior = None
-        if self.skips:
-            places = maps.new_full((len(rows),), k)
-            prior = prior_of(self.classifier, self.decoder, maps, self.source[rows], self.target[rows], places)
-        skips, prepared = ([each[rows] for each in several] for several in (self.skips, self.prepared))
-        images = self.decoder(maps, skips, prepared, prior)
-        return images, self.classifier.logits(images).double()
+        features = self.canvas.features[rows]
+        maps = features + (k * self.delta[rows]).to(features.dtype)
+        images = self.canvas.draw(rows, maps, maps.new_full((len(rows),), k))
+        return images, self.canvas.classifier.logits(images).double()
 
     def first(self, resolution: float) -> tuple[Tensor, Tensor]:
         """The first images that are of the target (else those of k = 1), and their k (else NaN)."""
-        count = len(self.source)
-        found = torch.full((count,), math.nan, dtype=torch.float64, device=self.source.device)
-        images = self.features.new_empty(count, *self.decoder.shape.image)
-        rows = torch.arange(count, device=self.source.device)
+        count = len(self.canvas.source)
+        found = torch.full((count,), math.nan, dtype=torch.float64, device=self.canvas.source.device)
+        images = torch.empty_like(self.canvas.images)
+        rows = torch.arange(count, device=self.canvas.source.device)
         number = max(1, round(1 / resolution))
         for place in range(1, number + 1):
             if len(rows) == 0:
                 break
             drawn, logits = self.at(rows, place / number)
-            won = logits.argmax(1) == self.target[rows]
+            won = logits.argmax(1) == self.canvas.target[rows]
             images[rows] = drawn
             found[rows[won]] = place / number
             rows = rows[~won]
@@ -370,18 +360,6 @@ class _Line:
 
     def strip(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B,K,C,H,W] at all places, and their logits [B,K,classes]."""
-        rows = torch.arange(len(self.source), device=self.source.device)
+        rows = torch.arange(len(self.canvas.source), device=self.canvas.source.device)
         several = [self.at(rows, float(k)) for k in places]
         return torch.stack([images for images, _ in several], 1), torch.stack([logits for _, logits in several], 1)
-
-
-def _places(k: int | Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """Places of a strip, float64 [K]."""
-    if isinstance(k, int):
-        if k < 2:
-            raise ValueError(f"k must be at least 2 places, from 0 to 1, or the places themselves; got {k}.")
-        return torch.linspace(0, 1, k, dtype=torch.float64, device=device)
-    places = torch.as_tensor(k, dtype=torch.float64, device=device)
-    if places.ndim != 1 or len(places) == 0 or not bool(((places >= 0) & (places <= 1)).all()):
-        raise ValueError(f"k must be a number of places, or places between 0 and 1; got {k}.")
-    return places

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ KIND: Final = "mirror decoder"
 PLAIN_SIDE: Final = 64
 """Images whose longer side is at most this are decoded without skips."""
 EDITORS: Final = ("residual", "replace")
+OUTPUTS: Final = ("image", "change")
+PRIORS: Final = ("activation", "contrast")
 PRIOR_RANGE: Final = (0.1, 0.5)
 """Least and largest threshold of the spatial prior (not public; O)."""
 
@@ -117,6 +119,14 @@ class MirrorDecoder(nn.Module):
         editor: "replace": u_i is what the pattern editor draws (P); "residual": it is the source's own map plus that,
             so that what need not change stays sharp (O).
         prior_range: least and largest threshold of the spatial prior.
+        prior: what the spatial prior is made of, `activation_prior` (P) or `contrast_prior` (O).
+        output: "image": x_k is what is drawn of f_k (P); "change": it is the source image plus what is drawn of f_k
+            minus what is drawn of f_s, under the spatial prior, so that what the decoder cannot draw of an image stays
+            in it, and x_0 is the image itself (O).
+        subpixel: side of the blocks of pixels that the last convolution draws at once; the stages end at the image's
+            size divided by it (O).
+        pooled: whether the map's mean over cells, which is all that the classifier's head reads, is given to every cell
+            beside the map: a step of the latent is small beside what tells one cell from another (O).
     """
 
     low: Tensor
@@ -132,6 +142,10 @@ class MirrorDecoder(nn.Module):
         spatial_prior: bool = True,
         editor: str = "residual",
         prior_range: tuple[float, float] = PRIOR_RANGE,
+        prior: str = "activation",
+        output: str = "image",
+        subpixel: int = 1,
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         shape = Shape(_triple(shape[0]), _triple(shape[1]), tuple(_triple(each) for each in shape[2]))
@@ -144,46 +158,66 @@ class MirrorDecoder(nn.Module):
             "spatial_prior": spatial_prior,
             "editor": editor,
             "prior_range": [float(each) for each in prior_range],
+            "prior": prior,
+            "output": output,
+            "subpixel": subpixel,
+            "pooled": pooled,
         }
         if not 0 <= prior_range[0] <= prior_range[1] <= 1:
             raise ValueError(f"prior_range must be (least, largest) threshold between 0 and 1; got {prior_range}")
         self.prior_range = (float(prior_range[0]), float(prior_range[1]))
         if editor not in EDITORS:
             raise ValueError(f"editor must be one of {', '.join(EDITORS)}; got {editor!r}")
+        if output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
+        if prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}; got {prior!r}")
+        self.contrasts = prior == "contrast"
         self.residual = editor == "residual"
+        self.changes = output == "change"
         self.spatial_prior = spatial_prior
         depth, *grid = shape.features
         channels, *size = shape.image
+        self.pooled = nn.BatchNorm2d(depth) if pooled else None
+        read = 2 * depth if pooled else depth
         for name, value in zip(("low", "high"), image_range, strict=True):
             bound = torch.as_tensor(value, dtype=torch.float32).expand(channels)
             self.register_buffer(name, bound.clone().view(1, channels, 1, 1))
         if not bool((self.low < self.high).all()):
             raise ValueError(f"image_range must be (least, largest) with least < largest; got {image_range}")
+        if subpixel < 1 or size[0] % subpixel or size[1] % subpixel:
+            raise ValueError(f"subpixel must be at least 1 and divide the image's sides {size}; got {subpixel}")
+        self.subpixel = subpixel
         by_size = {(height, length): number for number, (_, height, length) in enumerate(shape.skips)}
-        self.sizes = _stages((grid[0], grid[1]), (size[0], size[1]), list(by_size))
+        self.sizes = _stages((grid[0], grid[1]), (size[0] // subpixel, size[1] // subpixel), list(by_size))
         self.skip_at = [by_size.get(each) for each in self.sizes]
-        self.editors = nn.ModuleList(PatternEditor(level, shape.features, inner) for level in shape.skips)
+        # Levels that are larger than the last stage are not used.
+        self.editors = nn.ModuleList(
+            PatternEditor(level, (read, grid[0], grid[1]), inner) if number in self.skip_at else nn.Identity()
+            for number, level in enumerate(shape.skips)
+        )
         if self.residual:
-            for each in self._editors():  # at first nothing is edited
-                nn.init.zeros_(each.draw.weight)
-                nn.init.zeros_(each.draw.bias)  # type: ignore[arg-type]  # it has one
+            for each in self.editors:
+                if isinstance(each, PatternEditor):  # at first nothing is edited
+                    nn.init.zeros_(each.draw.weight)
+                    nn.init.zeros_(each.draw.bias)  # type: ignore[arg-type]  # it has one
         last = len(self.sizes) - 1
         widths = [min(most, width * 2 ** (last - stage)) for stage in range(last + 1)]
-        self.stem = _block(depth, widths[0])
+        self.stem = _block(read, widths[0])
         self.stages = nn.ModuleList(
             _block(widths[stage - 1] + (0 if skip is None else shape.skips[skip][0]), widths[stage])
             for stage, skip in enumerate(self.skip_at)
             if stage
         )
-        self.to_image = nn.Conv2d(widths[-1], channels, 3, 1, 1)
+        self.to_image = nn.Conv2d(widths[-1], channels * subpixel**2, 3, 1, 1)
 
     def prepare(self, skips: Sequence[Tensor]) -> list[Tensor]:
         """What the editors need of the source's skip maps, whatever k is."""
         dtype = self.low.dtype  # maps of a classifier in double precision are wider
-        return [editor.prepare(skip.to(dtype)) for editor, skip in zip(self._editors(), skips, strict=True)]
-
-    def _editors(self) -> list[PatternEditor]:
-        return [cast(PatternEditor, editor) for editor in self.editors]
+        return [
+            editor.prepare(skip.to(dtype)) if isinstance(editor, PatternEditor) else skip.new_zeros(len(skip), 0)
+            for editor, skip in zip(self.editors, skips, strict=True)
+        ]
 
     def forward(
         self,
@@ -202,6 +236,9 @@ class MirrorDecoder(nn.Module):
         """
         features = features.to(self.low.dtype)
         skips = [each.to(features.dtype) for each in skips]
+        if self.pooled is not None:
+            mean = self.pooled(features.mean((2, 3), keepdim=True))
+            features = torch.cat([features, mean.expand_as(features)], 1)
         x = self.stem(features)
         for stage, size in enumerate(self.sizes[1:], 1):
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
@@ -215,23 +252,49 @@ class MirrorDecoder(nn.Module):
                     edited = (1 - mask) * skips[number] + mask * edited
                 x = torch.cat([x, edited], 1)
             x = self.stages[stage - 1](x)
-        share = torch.sigmoid(self.to_image(x)).to(self.low.dtype)
+        share = torch.sigmoid(F.pixel_shuffle(self.to_image(x), self.subpixel)).to(self.low.dtype)
         return self.low + (self.high - self.low) * share
 
+    def shown(self, image: Tensor, moved: Tensor, start: Tensor, prior: Tensor | None = None) -> Tensor:
+        """The images x_k of source images and of what is drawn of f_k and of f_s, [B,Ch,H,W] each.
 
-def spatial_prior(
+        prior: float [B,h,w]; a change reaches half a cell beyond it, and fades there.
+        """
+        if not self.changes:
+            return moved
+        change = moved - start
+        if prior is not None and self.spatial_prior:
+            mask = F.interpolate(prior[:, None].to(change.dtype), image.shape[2:], mode="bilinear", align_corners=False)
+            change = mask * change
+        return torch.clamp(image + change, self.low, self.high)
+
+
+def activation_prior(
     activation_source: Tensor, activation_target: Tensor, k: Tensor, prior_range: tuple[float, float] = PRIOR_RANGE
 ) -> Tensor:
     """M of P, eq. 13: [B,h,w], 1 where the class activation of source or target, each scaled to its largest, is above
     `rho = min(max(1 - k, rho_l), rho_u)`; k [B]. For fixed maps the mask never shrinks as k grows.
     """
+    activations = (activation_source, activation_target)
+    source, target = (_above(each, k, prior_range) for each in activations)
+    return (source | target).to(activation_source.dtype)
+
+
+def contrast_prior(
+    activation_source: Tensor, activation_target: Tensor, k: Tensor, prior_range: tuple[float, float] = PRIOR_RANGE
+) -> Tensor:
+    """As `activation_prior`, of what speaks for the source rather than the target: the difference of their activations
+    in the source image (O). Look-alikes have nearly the same activations; they differ where their marks differ.
+    """
+    return _above(activation_source - activation_target, k, prior_range).to(activation_source.dtype)
+
+
+def _above(activation: Tensor, k: Tensor, prior_range: tuple[float, float]) -> Tensor:
+    """Where an activation [B,h,w], scaled to its largest, is above the threshold of k [B]; bool."""
     rho = (1 - k).clamp(*prior_range)[:, None, None]
-    masks = []
-    for activation in (activation_source, activation_target):
-        positive = activation.relu()
-        largest = positive.amax((1, 2), keepdim=True)
-        masks.append((positive > rho * largest) & (largest > 0))
-    return (masks[0] | masks[1]).to(activation_source.dtype)
+    positive = activation.relu()
+    largest = positive.amax((1, 2), keepdim=True)
+    return (positive > rho * largest) & (largest > 0)
 
 
 class PatchDiscriminator(nn.Module):
@@ -284,7 +347,8 @@ def _plain(value: float | Sequence[float]) -> float | list[float]:
 def _stages(grid: tuple[int, int], image: tuple[int, int], skips: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Sizes from the deepest map's to the image's: the skip levels', and doublings where the next is further away."""
     sizes = [grid]
-    for size in [*sorted(skips, key=lambda each: each[0] * each[1]), image]:
+    within = [each for each in skips if each[0] <= image[0] and each[1] <= image[1]]
+    for size in [*sorted(within, key=lambda each: each[0] * each[1]), image]:
         while 3 * sizes[-1][0] < size[0] or 3 * sizes[-1][1] < size[1]:
             sizes.append((min(2 * sizes[-1][0], size[0]), min(2 * sizes[-1][1], size[1])))
         if size != sizes[-1]:

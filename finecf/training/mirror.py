@@ -95,8 +95,8 @@ def mirror_recipe(on: str) -> MirrorRecipe:
         return MirrorRecipe(DIGIT_PAIRS, {"steps": 4000, "augment": 2, "blend": 0.45, "weights": weights})
     if on == "fashion":
         weights["reconstruction"] = 4.0
-        settings = {"steps": 6000, "augment": 1, "blend": 0.45, "noise": 0.1, "warm_up": 500, "weights": weights}
-        return MirrorRecipe(FASHION_PAIRS, settings)
+        settings = {"steps": 6000, "augment": 1, "blend": 0.45, "warm_up": 500, "weights": weights}
+        return MirrorRecipe(FASHION_PAIRS, {**settings, "decoder": {"output": "change"}})
     # A bird fills few cells: with the prior's usual thresholds the background would change instead.
     small = {"decoder": {"width": 12, "most": 96, "inner": 64, "prior_range": (0.4, 0.7)}}
     # On large pictures the classification loss would drown the reconstruction, a mean over 49,152 numbers.

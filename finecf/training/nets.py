@@ -11,6 +11,9 @@ from torch import nn
 
 from finecf.models.checkpoints import SHIPPED, load_checkpoint
 
+BIRDS_WIDTHS = (16, 32, 64, 128)
+DIGITS_WIDTH = 32
+
 
 def _halving(c_in: int, c_out: int) -> nn.Conv2d:
     """A strided convolution whose outputs are centred on the four pixels they stand for.
@@ -50,7 +53,7 @@ class BirdsNet(nn.Module):
     [B,widths[-1],8,8]. Output: float [B,num_classes] logits.
     """
 
-    def __init__(self, num_classes: int = 20, widths: tuple[int, int, int, int] = (16, 32, 64, 128)) -> None:
+    def __init__(self, num_classes: int = 20, widths: tuple[int, int, int, int] = BIRDS_WIDTHS) -> None:
         super().__init__()
         self.widths = tuple(widths)
         first, second, third, fourth = self.widths
@@ -80,7 +83,7 @@ class DigitsNet(nn.Module):
     is [B,width,8,8], and [B,width,7,7] for 28 pixels.
     """
 
-    def __init__(self, num_classes: int = 10, width: int = 32, channels: int = 3) -> None:
+    def __init__(self, num_classes: int = 10, width: int = DIGITS_WIDTH, channels: int = 3) -> None:
         super().__init__()
         self.width, self.channels = width, channels
         half = width // 2

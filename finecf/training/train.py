@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from finecf.data.birds import SyntheticBirds
-from finecf.data.digits import SIZE, digits
-from finecf.data.fashion import fashion_mnist
+from finecf.data.digits import SIZE, Digits, digits
+from finecf.data.fashion import FashionMNIST, fashion_mnist
 from finecf.models.checkpoints import save_checkpoint
-from finecf.training.nets import BirdsNet, DigitsNet
+from finecf.regions.baseline import gaussian_blur
+from finecf.training.nets import BIRDS_WIDTHS, DIGITS_WIDTH, BirdsNet, DigitsNet
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, in all)."""
@@ -45,6 +46,7 @@ class _Recipe:
     seed: int
     precision: str  # "float32", or "bfloat16": the forward pass under autocast
     augment: bool  # pictures are moved and mirrored, where that leaves their class as it is
+    blur: float = 0.0  # largest standard deviation, in pixels, of a blur of half of the pictures
 
 
 @contextmanager
@@ -110,6 +112,14 @@ def _augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return moved.flip(-1) if coin else moved
 
 
+def _softened(images: torch.Tensor, blur: float, generator: torch.Generator) -> torch.Tensor:
+    """Every second picture blurred, all by the same sigma up to `blur`."""
+    sigma = blur * float(torch.rand((), generator=generator))
+    softened = images.clone()
+    softened[::2] = gaussian_blur(images[::2], max(sigma, 0.05))
+    return softened
+
+
 def _read_state(resume_file: Path) -> dict[str, Any]:
     """The state of an interrupted training; a ValueError where the file is broken."""
     try:
@@ -161,6 +171,8 @@ def _fit(
                 group["lr"] = _one_cycle(step, recipe.epochs * per_epoch, recipe.learning_rate)
             pictures = images[chosen]
             x = _augmented(pictures, generator) if recipe.augment else _as_float(pictures)
+            if recipe.blur:
+                x = _softened(x, recipe.blur, generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 logits = net(x)
             loss = F.cross_entropy(logits.float(), labels[chosen])
@@ -197,6 +209,8 @@ def _check(recipe: _Recipe, images: int) -> None:
     for name, value in (("epochs", recipe.epochs), ("batch", recipe.batch)):
         if value < 1:
             raise ValueError(f"{name}: expected a whole number from 1 on, got {value}")
+    if not recipe.blur >= 0:
+        raise ValueError(f"blur: expected a number of pixels from 0 on, got {recipe.blur}")
     if not recipe.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a positive number, got {recipe.learning_rate}")
     if images < recipe.batch:
@@ -209,42 +223,66 @@ Split = tuple[torch.Tensor, torch.Tensor]
 """Pictures [N,Ch,H,W] (uint8, or float in [0,1]) and int64 [N] labels."""
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the caller says of one training, whatever is trained."""
+
+    recipe: _Recipe
+    out: Path
+    threads: int | None
+    resume: bool
+    progress: bool | Progress
+
+
 def _train(
-    net: nn.Module,
-    train: Split,
-    test: Split,
-    recipe: _Recipe,
-    out: Path,
-    resume: bool,
-    report: Progress,
+    run: _Run,
+    architecture: type[BirdsNet | DigitsNet],
     meta: dict[str, Any],
+    splits: Callable[[Progress], tuple[Split, Split]],
     family_of: list[int],
+    channels_last: bool,
 ) -> dict[str, Any]:
-    """Fits the net, grades it as it will be stored (in half precision), and writes it with its description, which is
-    returned.
+    """Builds a net from its description (`classes`, `arguments`), fits it to the first of the splits, grades it on the
+    second as it will be stored (in half precision), and writes it with the whole description, which is returned.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    resume_file = out.with_name(out.name + ".resume")
-    _fit(net, *train, recipe, meta, resume_file, resume, report)
-    stored = copy.deepcopy(net).half().float().eval()
-    pictures, truth = test
-    predicted = predict(stored, pictures)
-    wrong, families = predicted != truth, torch.tensor(family_of)
-    inside = int((families[predicted] == families[truth])[wrong].sum())
-    meta = {
-        **meta,
-        "recipe": asdict(recipe),
-        "images": len(train[0]),
-        "test_images": len(truth),
-        "accuracy": round(1 - float(wrong.double().mean()), 4) if len(truth) else None,
-        "mistakes": int(wrong.sum()),
-        "mistakes_in_family": inside,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    save_checkpoint(out, net, meta)
-    resume_file.unlink()
-    return meta
+    recipe, out = run.recipe, run.out
+    with thread_count(run.threads), _reporter(run.progress) as report, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        net: nn.Module = architecture(len(meta["classes"]), **meta["arguments"])
+        meta = {"architecture": architecture.__name__, "seed": recipe.seed, **meta}
+        train, (pictures, truth) = splits(report)
+        if channels_last:
+            net = net.to(memory_format=torch.channels_last)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        resume_file = out.with_name(out.name + ".resume")
+        _fit(net, *train, recipe, meta, resume_file, run.resume, report)
+        stored = copy.deepcopy(net).half().float().eval()
+        predicted = predict(stored, pictures)
+        wrong, families = predicted != truth, torch.tensor(family_of)
+        inside = int((families[predicted] == families[truth])[wrong].sum())
+        meta = {
+            **meta,
+            "recipe": asdict(recipe),
+            "images": len(train[0]),
+            "test_images": len(truth),
+            "accuracy": round(1 - float(wrong.double().mean()), 4) if len(truth) else None,
+            "mistakes": int(wrong.sum()),
+            "mistakes_in_family": inside,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        save_checkpoint(out, net, meta)
+        resume_file.unlink()
+        return meta
+
+
+def _batches(train: Digits | FashionMNIST, test: Digits | FashionMNIST) -> Callable[[Progress], tuple[Split, Split]]:
+    """The splits of sets that lie in memory."""
+
+    def splits(_: Progress) -> tuple[Split, Split]:
+        return (train.batch(), torch.from_numpy(train.labels)), (test.batch(), torch.from_numpy(test.labels))
+
+    return splits
 
 
 def train_birds(
@@ -282,28 +320,27 @@ def train_birds(
     test = SyntheticBirds("test", size=size, n=test_images, classes=classes, seed=seed, cache=cache)
     recipe = _Recipe(epochs, batch, learning_rate, weight_decay=0.05, seed=seed, precision=precision, augment=True)
     _check(recipe, images)
-    with thread_count(threads), _reporter(progress) as report, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = BirdsNet(classes)
-        meta: dict[str, Any] = {
-            "architecture": "BirdsNet",
-            "arguments": {"widths": list(net.widths)},
-            "classes": train.class_names,
-            "size": size,
-            "seed": seed,
-            "config_hash": train.config_hash(),
-            "command": command
-            or f"finecf train birds --images {images} --epochs {epochs} --seed {seed} --precision {precision}",
-        }
+    meta = {
+        "arguments": {"widths": list(BIRDS_WIDTHS)},
+        "classes": train.class_names,
+        "size": size,
+        "config_hash": train.config_hash(),
+        "command": command
+        or f"finecf train birds --images {images} --epochs {epochs} --seed {seed} --precision {precision}",
+    }
+
+    def splits(report: Progress) -> tuple[Split, Split]:
         # Channels-last views of [N,H,W,3], which train twice as fast on a CPU.
-        splits: list[Split] = []
+        found: list[Split] = []
         for birds in (train, test):
             drawn = birds.images(workers, partial(report, f"draw {birds.split}"))
             writable = drawn if drawn.flags.writeable else np.array(drawn)  # torch takes no memory-mapped ones
-            splits.append((torch.from_numpy(writable).permute(0, 3, 1, 2), torch.from_numpy(birds.labels)))
-        net = net.to(memory_format=torch.channels_last)
-        family_of = [train.family_of(label) for label in range(classes)]
-        return _train(net, splits[0], splits[1], recipe, Path(out), resume, report, meta, family_of)
+            found.append((torch.from_numpy(writable).permute(0, 3, 1, 2), torch.from_numpy(birds.labels)))
+        return found[0], found[1]
+
+    family_of = [train.family_of(label) for label in range(classes)]
+    run = _Run(recipe, Path(out), threads, resume, progress)
+    return _train(run, BirdsNet, meta, splits, family_of, channels_last=True)
 
 
 def train_digits(
@@ -324,19 +361,14 @@ def train_digits(
     train, test = digits("train"), digits("test")
     recipe = _Recipe(epochs, batch, learning_rate, weight_decay=0.05, seed=seed, precision=precision, augment=False)
     _check(recipe, len(train))
-    with thread_count(threads), _reporter(progress) as report, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = DigitsNet()
-        meta: dict[str, Any] = {
-            "architecture": "DigitsNet",
-            "arguments": {"width": net.width},
-            "classes": train.class_names,
-            "size": SIZE,
-            "seed": seed,
-            "command": command or f"finecf train digits --epochs {epochs} --seed {seed} --precision {precision}",
-        }
-        splits = [(split.batch(), torch.from_numpy(split.labels)) for split in (train, test)]
-        return _train(net, splits[0], splits[1], recipe, Path(out), resume, report, meta, list(range(10)))
+    meta = {
+        "arguments": {"width": DIGITS_WIDTH},
+        "classes": train.class_names,
+        "size": SIZE,
+        "command": command or f"finecf train digits --epochs {epochs} --seed {seed} --precision {precision}",
+    }
+    run = _Run(recipe, Path(out), threads, resume, progress)
+    return _train(run, DigitsNet, meta, _batches(train, test), list(range(10)), channels_last=False)
 
 
 def train_fashion(
@@ -346,6 +378,7 @@ def train_fashion(
     batch: int = 128,
     width: int = 64,
     learning_rate: float = 4e-3,
+    blur: float = 1.0,
     seed: int = 0,
     precision: str = "float32",
     threads: int | None = 1,
@@ -355,22 +388,19 @@ def train_fashion(
 ) -> dict[str, Any]:
     """Trains a `DigitsNet` of one channel on Fashion-MNIST, as `train_birds` does on birds; `data`: where
     `fashion_mnist.npz` is.
+
+    blur: half of the pictures are blurred by a Gaussian of up to so many pixels, so that what the net says does not
+    hang on what a slight blur takes away.
     """
     train, test = fashion_mnist(data, "train"), fashion_mnist(data, "test")
-    recipe = _Recipe(epochs, batch, learning_rate, weight_decay=0.05, seed=seed, precision=precision, augment=True)
+    recipe = _Recipe(epochs, batch, learning_rate, 0.05, seed, precision, augment=True, blur=blur)
     _check(recipe, len(train))
-    with thread_count(threads), _reporter(progress) as report, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = DigitsNet(width=width, channels=1)
-        meta: dict[str, Any] = {
-            "architecture": "DigitsNet",
-            "arguments": {"width": width, "channels": 1},
-            "classes": train.class_names,
-            "size": 28,
-            "seed": seed,
-            "command": command
-            or f"finecf train fashion --data fashion_mnist.npz --epochs {epochs} --seed {seed} --precision {precision}",
-        }
-        net = net.to(memory_format=torch.channels_last)
-        splits = [(split.batch(), torch.from_numpy(split.labels)) for split in (train, test)]
-        return _train(net, splits[0], splits[1], recipe, Path(out), resume, report, meta, list(range(10)))
+    meta = {
+        "arguments": {"width": width, "channels": 1},
+        "classes": train.class_names,
+        "size": 28,
+        "command": command
+        or f"finecf train fashion --data fashion_mnist.npz --epochs {epochs} --seed {seed} --precision {precision}",
+    }
+    run = _Run(recipe, Path(out), threads, resume, progress)
+    return _train(run, DigitsNet, meta, _batches(train, test), list(range(10)), channels_last=True)

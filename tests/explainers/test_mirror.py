@@ -33,7 +33,7 @@ from finecf.explainers import Interrupted, TrainingStopped, _mirror_losses
 from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interrupted_after
 from finecf.explainers._reflection import GapHead
 from finecf.models.checkpoints import load_tensors
-from finecf.models.decoder import MirrorDecoder, shape_of, spatial_prior
+from finecf.models.decoder import MirrorDecoder, shape_of, activation_prior
 from finecf.training import load_digits_net, shipped_decoder
 
 TINY: dict[str, Any] = {
@@ -45,6 +45,11 @@ TINY: dict[str, Any] = {
 PAIRS = [(0, 1), (1, 2)]
 EVERYTHING: dict[str, Any] = {"skips": True, "augment": 1, "blend": 0.3, "noise": 0.1, "warm_up": 4}
 """What makes a step harder to repeat."""
+CHANGE: dict[str, Any] = {
+    "skips": True,
+    "decoder": TINY["decoder"] | {"output": "change", "prior": "contrast", "pooled": True, "subpixel": 2},
+}
+"""A decoder that draws changes of the image."""
 
 
 def data(count: int = 60) -> Tensor:
@@ -80,7 +85,9 @@ def stop_at(step: int) -> Callable[[int, finecf.MirrorCFE], None]:
 # ---- training
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"shift": "per_cell"}], ids=["plain", "everything", "per cell"])
+@pytest.mark.parametrize(
+    "options", [{}, EVERYTHING, {"shift": "per_cell"}, CHANGE], ids=["plain", "everything", "per cell", "change"]
+)
 def test_a_seed_gives_the_same_bits(options: dict[str, Any]) -> None:
     state = torch.random.get_rng_state()
     one, losses = fitted(**options)
@@ -334,7 +341,7 @@ def test_epochs_are_passes_over_the_images_of_the_pairs() -> None:
 # ---- what a step is made of
 
 
-def trainer(skips: bool = False, **options: Any) -> Trainer:
+def trainer(skips: bool = False, drawn: dict[str, Any] | None = None, **options: Any) -> Trainer:
     classifier, x = wrapped(), data()
     settings: dict[str, Any] = {
         "steps": 10,
@@ -358,7 +365,7 @@ def trainer(skips: bool = False, **options: Any) -> Trainer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         shape = shape_of(classifier, x[0], skips)
-        net = MirrorDecoder(shape, width=4, most=8, editor="replace", prior_range=(0.4, 0.7))
+        net = MirrorDecoder(shape, width=4, most=8, editor="replace", prior_range=(0.4, 0.7), **drawn or {})
     return Trainer(classifier, head, net, Pool(classifier, x), PAIRS, Recipe(**settings | options))
 
 
@@ -452,9 +459,10 @@ def test_the_weights_rise_in_the_second_half_of_the_warm_up() -> None:
     assert ["adversarial" in each for each in losses] == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize("output", ["image", "change"])
 @pytest.mark.parametrize("skips", [False, True])
-def test_the_losses_of_a_step_are_those_of_their_formulas(skips: bool) -> None:
-    own = trainer(skips, kl_order="latent")
+def test_the_losses_of_a_step_are_those_of_their_formulas(skips: bool, output: str) -> None:
+    own = trainer(skips, {"output": output}, kl_order="latent")
     sample = own.draw(0)
     clf, head = own.classifier, own.head
     latents = clf.features(sample.images).mean((2, 3)).double()
@@ -464,7 +472,7 @@ def test_the_losses_of_a_step_are_those_of_their_formulas(skips: bool) -> None:
         *shallow, features = clf.pyramid(sample.images)
         maps = torch.cat([features + (wanted - latents).float()[:, :, None, None], features])
         cams = (clf.cam(maps, each.repeat(2)) for each in (sample.source, sample.target))
-        prior = spatial_prior(*cams, sample.k.repeat(2), (0.4, 0.7))  # that of k, for both images
+        prior = activation_prior(*cams, sample.k.repeat(2), (0.4, 0.7))  # that of k, for both images
         assert 0 < float(prior.mean()) < 1
         if skips:
             prepared = [each.repeat(2, 1, 1, 1) for each in own.decoder.prepare(shallow)]
@@ -472,7 +480,10 @@ def test_the_losses_of_a_step_are_those_of_their_formulas(skips: bool) -> None:
         else:
             both = own.decoder(maps)
     moved, start = both[:7].double(), both[7:].double()
-    own = trainer(skips, kl_order="latent")  # with the batch norms as they were
+    if output == "change":
+        mask = nn.functional.interpolate(prior[:7, None], SIDE, mode="bilinear").double() if skips else 1
+        moved = (sample.images.double() + mask * (moved - start)).clamp(0, 1)
+    own = trainer(skips, {"output": output}, kl_order="latent")  # with the batch norms as they were
     named = own.advance()
     latent_logits, logits = head.logits(wanted).log_softmax(1), clf.logits(moved.float()).double().log_softmax(1)
     kl = (latent_logits.exp() * (latent_logits - logits)).sum(1).mean()
@@ -928,9 +939,11 @@ def test_the_search_stops_each_image_at_its_first_counterfactual(resolution: flo
 # ---- explaining: trained decoders
 
 
-@pytest.fixture(scope="module", params=["plain", "skips", "per cell"])
+@pytest.fixture(scope="module", params=["plain", "skips", "per cell", "change"])
 def mirror(request: pytest.FixtureRequest) -> finecf.MirrorCFE:
-    options = {"plain": {}, "skips": {"skips": True}, "per cell": {"shift": "per_cell"}}[request.param]
+    options = {"plain": {}, "skips": {"skips": True}, "per cell": {"shift": "per_cell"}, "change": CHANGE}[
+        request.param
+    ]
     return fitted(steps=20, batch=16, learning_rate=1e-2, pairs=None, **options)[0]
 
 
@@ -945,6 +958,8 @@ def test_k_0_is_the_reconstruction(mirror: finecf.MirrorCFE) -> None:
         assert torch.equal(each.images[1], each.reconstruction)
         assert torch.equal(each.images[0], each.mirror_image)
         assert each.mirror_valid == (int(each.image_logits[0].argmax()) == each.target)
+        if mirror.decoder.changes:
+            assert torch.equal(each.reconstruction, each.prepared)
     assert max(float((each.images[0] - each.images[1]).abs().max()) for each in found) > 0.01
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import finecf
 from finecf.explainers._reflection import BEYOND, REFLECTIONS, GapHead, Reflected, linear_flip, shifted_maps
-from finecf.models.decoder import PRIOR_RANGE, spatial_prior
+from finecf.models.decoder import PRIOR_RANGE, activation_prior, contrast_prior
 from finecf.training import load_birds_net, load_digits_net
 
 HEADS = st.tuples(st.integers(0, 10_000), st.integers(2, 7), st.integers(1, 12))
@@ -186,12 +186,21 @@ def test_cells_mirrored_by_themselves_have_the_mirrored_mean(reflection: str) ->
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 6))
 def test_the_spatial_prior_never_shrinks_as_k_grows(seed: int, height: int, width: int) -> None:
     cams = normal(2, 1, height, width, seed=seed)
-    last = torch.zeros(1, height, width, device=DEVICE)
-    for k in torch.linspace(0, 1, 21):
-        mask = spatial_prior(cams[0], cams[1], k[None].to(DEVICE))
-        assert set(mask.unique().tolist()) <= {0.0, 1.0}
-        assert bool((mask >= last).all())
-        last = mask
+    for prior in (activation_prior, contrast_prior):
+        last = torch.zeros(1, height, width, device=DEVICE)
+        for k in torch.linspace(0, 1, 21):
+            mask = prior(cams[0], cams[1], k[None].to(DEVICE))
+            assert set(mask.unique().tolist()) <= {0.0, 1.0}
+            assert bool((mask >= last).all())
+            last = mask
+
+
+def test_the_contrast_prior_is_where_the_source_is_more_active_than_the_target() -> None:
+    source = torch.tensor([[[1.0, 5.0, 3.0, 0.0]], [[1.0, 1.0, 1.0, 1.0]]], device=DEVICE)
+    target = torch.tensor([[[1.0, 1.0, 1.0, 9.0]], [[1.0, 2.0, 1.0, 1.0]]], device=DEVICE)
+    for k, wanted in ((0.0, [0, 1, 0, 0]), (0.55, [0, 1, 1, 0]), (1.0, [0, 1, 1, 0])):
+        mask = contrast_prior(source, target, torch.full((2,), k, device=DEVICE), (0.1, 0.6))
+        assert mask.tolist() == [[wanted], [[0, 0, 0, 0]]]  # nowhere where the target is as active everywhere
 
 
 @pytest.mark.parametrize("least_and_largest", [PRIOR_RANGE, (0.4, 0.7)])
@@ -199,7 +208,7 @@ def test_the_spatial_prior_is_equation_13(least_and_largest: tuple[float, float]
     cams = normal(2, 4, 3, 5, seed=1)
     cams[0, 3] = -1  # a class without evidence marks nothing
     places = [0.1, 0.55, 0.7, 1.0]
-    masks = spatial_prior(cams[0], cams[1], torch.tensor(places, device=DEVICE), least_and_largest)
+    masks = activation_prior(cams[0], cams[1], torch.tensor(places, device=DEVICE), least_and_largest)
     for b, k in enumerate(places):
         rho = min(max(1 - k, least_and_largest[0]), least_and_largest[1])
         for row in range(3):
@@ -209,7 +218,7 @@ def test_the_spatial_prior_is_equation_13(least_and_largest: tuple[float, float]
                 ]
                 assert bool(masks[b, row, column]) == any(share > rho for share in shares)
     assert PRIOR_RANGE == (0.1, 0.5)
-    assert float(spatial_prior(-cams[0].abs(), -cams[1].abs(), torch.ones(4, device=DEVICE)).sum()) == 0
+    assert float(activation_prior(-cams[0].abs(), -cams[1].abs(), torch.ones(4, device=DEVICE)).sum()) == 0
 
 
 # ---- where the target wins

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import finecf
 from finecf.data import digits
 from finecf.metrics import counterfactual_scores, latent_interpolation, pgd
-from finecf.models.decoder import MirrorDecoder, Shape, shape_of, spatial_prior
+from finecf.models.decoder import MirrorDecoder, Shape, shape_of, activation_prior
 from finecf.training import load_digits_net
 
 # PGD
@@ -298,6 +298,19 @@ def test_a_path_on_which_nothing_flips_ends_at_one():
     assert found.strip.shape == (3, 1, 3, 32, 32)
 
 
+def test_a_decoder_of_changes_starts_from_the_image():
+    classifier = finecf.wrap(network(), layer="trunk")
+    for skips in (False, True):
+        torch.manual_seed(2)
+        decoder = MirrorDecoder(shape_of(classifier, images(1)[0], skips), width=8, output="change", editor="replace")
+        torch.nn.init.normal_(decoder.to_image.weight, std=1e3)  # an untrained decoder hardly sees what it is given
+        x, references = images(5), images(60, seed=2)
+        target = classifier.logits(x).argsort(1, descending=True)[:, 1]
+        found = latent_interpolation(finecf.MirrorCFE(classifier, decoder), x, target, references, 3)
+        torch.testing.assert_close(found.strip[:, 0], x)
+        assert float((found.strip[:, 2] - x).abs().max()) > 1e-3
+
+
 def test_skips_and_the_spatial_prior_are_those_of_the_decoder():
     classifier = finecf.wrap(network(), layer="trunk")
     torch.manual_seed(2)
@@ -315,7 +328,7 @@ def test_skips_and_the_spatial_prior_are_those_of_the_decoder():
     def slowly(k: float) -> Tensor:
         moved = features + k * step
         places = torch.full((5,), k, device=x.device)
-        prior = spatial_prior(classifier.cam(moved, source), classifier.cam(moved, target), places)
+        prior = activation_prior(classifier.cam(moved, source), classifier.cam(moved, target), places)
         with torch.no_grad():
             return decoder(moved, skips, decoder.prepare(skips), prior)
 
@@ -333,8 +346,8 @@ def test_skips_and_the_spatial_prior_are_those_of_the_decoder():
     [
         ({"space": "pixels"}, 'space must be "latent" or "map"'),
         ({"resolution": 0.0}, r"must lie in \(0, 1\]"),
-        ({"k": 1}, "k must be at least 2 places"),
-        ({"k": [0.5, 1.5]}, "places between 0 and 1"),
+        ({"k": 1}, "k must be at least 2, from k = 0 to k = 1"),
+        ({"k": [0.5, 1.5]}, "k must be a number, or k between 0 and 1"),
         ({"images": torch.rand(2, 3, 16, 16)}, r"images are \[3, 16, 16\]; the decoder draws \[3, 32, 32\]"),
         ({"references": torch.rand(2, 3, 16, 16)}, r"references are \[3, 16, 16\]"),
         ({"references": torch.empty(0, 3, 32, 32)}, "references is empty"),

@@ -27,6 +27,7 @@ from models.small_nets import (
 from torch import Tensor, nn
 
 import finecf
+from finecf.models import Classifier
 
 
 def hooks(model: nn.Module) -> int:
@@ -465,22 +466,27 @@ def test_pyramid_goes_from_shallow_to_deep() -> None:
 # Losses through the model
 
 
+def encoded_as_checked(clf: Classifier, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images with a gradient, and the map and logits of `encode`, which are the bits of `features_and_logits`."""
+    features, logits = clf.features_and_logits(x)
+    leaf = x.clone().requires_grad_()
+    encoded, said = clf.encode(leaf)
+    assert torch.equal(encoded, features)
+    assert torch.equal(said, logits)
+    return leaf, encoded, said
+
+
 def test_encode_and_head_give_what_the_checked_methods_give_with_their_graph() -> None:
     model = seeded(PooledNet)
     clf = finecf.wrap(model)
-    x = images(3)
-    features, logits = clf.features_and_logits(x)
     with clf.frozen():
-        leaf = x.clone().requires_grad_()
-        encoded, said = clf.encode(leaf)
-        assert torch.equal(encoded, features)
-        assert torch.equal(said, logits)
+        leaf, encoded, said = encoded_as_checked(clf, images(3))
         again = clf.head(encoded)
-        torch.testing.assert_close(again, logits)
+        torch.testing.assert_close(again, said)
         by_map, by_logits, by_head = (
             torch.autograd.grad(value.square().sum(), leaf, retain_graph=True)[0] for value in (encoded, said, again)
         )
-    leaf = x.clone().requires_grad_()
+    leaf = images(3).requires_grad_()
     maps = model.trunk(leaf)
     (wanted,) = torch.autograd.grad(maps.square().sum(), leaf, retain_graph=True)
     torch.testing.assert_close(by_map, wanted)
@@ -576,14 +582,9 @@ def test_encode_refuses_a_layer_that_is_not_called_once() -> None:
 @pytest.mark.parametrize("net", [Tokens, ReluBehind])
 def test_encode_gives_the_same_cells_as_features(net: type[nn.Module]) -> None:
     clf = finecf.wrap(seeded(net), layer="block" if net is Tokens else None)
-    x = images(2)
-    features, logits = clf.features_and_logits(x)
     with clf.frozen():
-        leaf = x.clone().requires_grad_()
-        encoded, said = clf.encode(leaf)
-        assert torch.equal(encoded, features)
-        assert torch.equal(said, logits)
-        torch.testing.assert_close(clf.head(encoded), logits)
+        leaf, encoded, said = encoded_as_checked(clf, images(2))
+        torch.testing.assert_close(clf.head(encoded), said)
         assert float(torch.autograd.grad(clf.head(encoded)[:, 0].sum(), leaf)[0].abs().sum()) > 0
 
 

@@ -114,6 +114,33 @@ def test_gradients_reach_the_map_and_every_parameter(shape: Shape) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("name", ["28 px, skip", "64 px, skips", "128 px"])
+def test_pixels_drawn_in_blocks(name: str) -> None:
+    """The stages end at half the size, the image has all of its pixels, and no block is one colour."""
+    shape = SHAPES[name]
+    net = decoder(shape, subpixel=2)
+    features, skips = maps_of(shape)
+    drawn = net(features, skips, net.prepare(skips))
+    assert drawn.shape == (2, *shape.image)
+    assert net.sizes[-1] == (shape.image[1] // 2, shape.image[2] // 2)
+    blocks = nn.functional.pixel_unshuffle(drawn, 2).unflatten(1, (shape.image[0], 4))
+    assert float(blocks.std(2).min()) > 0
+
+
+def test_the_pooled_map_reaches_every_cell() -> None:
+    """What one cell holds is seen everywhere; without it, only as far as the convolutions reach."""
+    shape = Shape((6, 16, 16), (3, 32, 32), ((3, 32, 32),))
+    features, skips = maps_of(shape)
+    moved = features.clone()
+    moved[:, :, 0, 0] += 30
+    for pooled in (True, False):
+        net = decoder(shape, pooled=pooled)
+        prepared = net.prepare(skips)
+        change = (net(moved, skips, prepared) - net(features, skips, prepared)).abs().amax((0, 1))
+        assert float(change[0, 0]) > 0
+        assert (float(change[-4:, -4:].max()) > 0) == pooled
+
+
 @pytest.mark.parametrize(
     "bounds", [(0.0, 1.0), (-1, 1), (0, 255), ([-2.1, -2.0, -1.8], [2.2, 2.4, 2.6]), (-0.5, [0.5, 1.0, 2.0])]
 )
@@ -144,6 +171,10 @@ def test_the_image_range_is_kept(bounds: tuple[Any, Any]) -> None:
         ({"prior_range": (0.6, 0.4)}, r"prior_range must be \(least, largest\) threshold between 0 and 1"),
         ({"prior_range": (0.1, 1.4)}, r"between 0 and 1; got \(0\.1, 1\.4\)"),
         ({"editor": "blend"}, r"editor must be one of residual, replace; got 'blend'"),
+        ({"output": "both"}, r"output must be one of image, change; got 'both'"),
+        ({"prior": "cam"}, r"prior must be one of activation, contrast; got 'cam'"),
+        ({"subpixel": 3}, r"subpixel must be at least 1 and divide the image's sides \[32, 32\]; got 3"),
+        ({"subpixel": 0}, "subpixel must be at least 1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -186,6 +217,28 @@ def test_the_prior_says_where_the_skip_may_be_edited(name: str, editor: str) -> 
         wanted = drawn + skips[number] if editor == "residual" else drawn
         torch.testing.assert_close(free[number], wanted)
         assert float((free[number] - skips[number]).abs().min(1).values.max()) > 0
+
+
+def test_a_change_is_added_under_the_prior_and_fades_within_half_a_cell() -> None:
+    shape = SHAPES["64 px, skips"]
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    moved, start = image.flip(0).flip(2), image.flip(3)
+    prior = torch.zeros(2, 4, 4, device=DEVICE)
+    prior[:, 1, 2] = 1
+    assert torch.equal(decoder(shape).shown(image, moved, start, prior), moved)
+    net = decoder(shape, output="change")
+    whole = (image + moved - start).clamp(0, 1)
+    torch.testing.assert_close(net.shown(image, moved, start), whole)
+    torch.testing.assert_close(net.shown(image, moved, start, torch.ones_like(prior)), whole)
+    shown = net.shown(image, moved, start, prior)
+    assert torch.equal(net.shown(image, moved, moved, prior), image)
+    torch.testing.assert_close(shown[:, :, 23:25, 39:41], whole[:, :, 23:25, 39:41], atol=0.1, rtol=0)
+    outside = torch.ones(64, 64, dtype=torch.bool, device=DEVICE)
+    outside[8:40, 24:56] = False
+    assert torch.equal(shown[:, :, outside], image[:, :, outside])
+    assert not torch.equal(shown[:, :, 8:16, 32:48], image[:, :, 8:16, 32:48])  # the edge is soft
+    free = decoder(shape, output="change", spatial_prior=False)
+    torch.testing.assert_close(free.shown(image, moved, start, prior), whole)
 
 
 def test_without_the_spatial_prior_everything_may_be_edited() -> None:
@@ -253,7 +306,8 @@ def same_images(one: MirrorDecoder, two: MirrorDecoder, tolerance: float = 5e-3)
 
 @pytest.mark.parametrize("name", ["28 px", "128 px, skips", "odd, skips"])
 def test_a_decoder_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
-    settings = {"editor": "replace", "prior_range": (0.2, 0.6), "image_range": (-2.1179, 2.64)}
+    settings = {"editor": "replace", "prior_range": (0.2, 0.6), "image_range": (-2.1179, 2.64), "output": "change"}
+    settings |= {"prior": "contrast", "pooled": True}
     net = decoder(SHAPES[name], **settings)
     file = tmp_path / "folder" / "decoder.safetensors"
     save_decoder(file, net, {"pairs": [[0, 1]], "made": "for a test"})

@@ -1,0 +1,92 @@
+"""Drawing moved feature maps of a batch of images, whoever moved them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from finecf.models import Classifier
+from finecf.models.decoder import MirrorDecoder, activation_prior, contrast_prior
+
+Steps = int | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """Source images [B,Ch,H,W] with all that drawing them with other maps needs.
+
+    `features` [B,D,h,w] are the maps of the images themselves, `skips` their shallower ones, and `prepared` what the
+    decoder's editors made of these; `source` and `target` int64 [B].
+    """
+
+    classifier: Classifier
+    decoder: MirrorDecoder
+    images: Tensor
+    features: Tensor
+    source: Tensor
+    target: Tensor
+    skips: list[Tensor]
+    prepared: list[Tensor]
+
+    @staticmethod
+    def of(
+        classifier: Classifier,
+        decoder: MirrorDecoder,
+        images: Tensor,
+        features: Tensor,
+        source: Tensor,
+        target: Tensor,
+        skips: Sequence[Tensor],
+    ) -> Canvas:
+        """Prepare the images."""
+        return Canvas(classifier, decoder, images, features, source, target, list(skips), decoder.prepare(skips))
+
+    def draw(self, rows: Tensor, maps: Tensor, k: Tensor) -> Tensor:
+        """Images of some rows with maps [n,D,h,w] that were moved by k [n]."""
+        start, prior = self.features[rows], None
+        if self.skips:
+            classes = self.source[rows], self.target[rows]
+            prior = prior_of(self.classifier, self.decoder, start, maps, *classes, k.to(maps.dtype))
+        skips, prepared = ([each[rows] for each in several] for several in (self.skips, self.prepared))
+        drawn = self.decoder(maps, skips, prepared, prior)
+        if not self.decoder.changes:
+            return drawn
+        first = self.decoder(start, skips, prepared, prior) if self.skips else self._first[rows]
+        return self.decoder.shown(self.images[rows], drawn, first, prior)
+
+    @cached_property
+    def _first(self) -> Tensor:
+        """What is drawn of the images' own maps; it depends on k where there are skips."""
+        drawn: Tensor = self.decoder(self.features)
+        return drawn
+
+
+def prior_of(
+    classifier: Classifier,
+    decoder: MirrorDecoder,
+    features: Tensor,
+    moved: Tensor,
+    source: Tensor,
+    target: Tensor,
+    k: Tensor,
+) -> Tensor:
+    """The spatial prior, float [B,h,w], of the images' own maps and of the moved ones, [B,D,h,w]."""
+    read = (features if decoder.contrasts else moved).detach()
+    activations = classifier.cam(read, source), classifier.cam(read, target)
+    return (contrast_prior if decoder.contrasts else activation_prior)(*activations, k, decoder.prior_range)
+
+
+def places_of(name: str, steps: Steps, device: torch.device) -> Tensor:
+    """The k of a path, float64 [K]; `name` is that of the argument, for messages."""
+    if isinstance(steps, int):
+        if steps < 2:
+            raise ValueError(f"{name} must be at least 2, from k = 0 to k = 1, or the k themselves; got {steps}")
+        return torch.linspace(0, 1, steps, dtype=torch.float64, device=device)
+    k = torch.as_tensor(steps, dtype=torch.float64, device=device)
+    if k.ndim != 1 or len(k) == 0 or not bool(((k >= 0) & (k <= 1)).all()):
+        raise ValueError(f"{name} must be a number, or k between 0 and 1; got {steps}")
+    return k
