@@ -33,7 +33,7 @@ from finecf.explainers import Interrupted, TrainingStopped, _mirror_losses
 from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interrupted_after
 from finecf.explainers._reflection import GapHead
 from finecf.models.checkpoints import load_tensors
-from finecf.models.decoder import MirrorDecoder, shape_of, activation_prior
+from finecf.models.decoder import MirrorDecoder, activation_prior, shape_of
 from finecf.training import load_digits_net, shipped_decoder
 
 TINY: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import finecf
 from finecf.data import digits
 from finecf.metrics import counterfactual_scores, latent_interpolation, pgd
-from finecf.models.decoder import MirrorDecoder, Shape, shape_of, activation_prior
+from finecf.models.decoder import MirrorDecoder, Shape, activation_prior, shape_of
 from finecf.training import load_digits_net
 
 # PGD
