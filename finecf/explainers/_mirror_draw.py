@@ -48,14 +48,14 @@ class Canvas:
     def draw(self, rows: Tensor, maps: Tensor, k: Tensor) -> Tensor:
         """Images of some rows with maps [n,D,h,w] that were moved by k [n]."""
         start, prior = self.features[rows], None
-        if self.skips:
+        if self.decoder.masks:
             classes = self.source[rows], self.target[rows]
             prior = prior_of(self.classifier, self.decoder, start, maps, *classes, k.to(maps.dtype))
         skips, prepared = ([each[rows] for each in several] for several in (self.skips, self.prepared))
         drawn = self.decoder(maps, skips, prepared, prior)
         if not self.decoder.changes:
             return drawn
-        first = self.decoder(start, skips, prepared, prior) if self.skips else self._first[rows]
+        first = self.decoder(start, skips, prepared, prior) if skips else self._first[rows]
         return self.decoder.shown(self.images[rows], drawn, first, prior)
 
     @cached_property

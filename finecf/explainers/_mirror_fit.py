@@ -26,7 +26,8 @@ from finecf.explainers._mirror_draw import prior_of
 from finecf.explainers._reflection import GapHead, shifted_maps
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors, save_tensors
-from finecf.models.decoder import MirrorDecoder, PatchDiscriminator
+from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, PatchDiscriminator
+from finecf.regions.baseline import gaussian_blur
 
 LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "triangulation")
 _BATCH_WHILE_LOOKING = 64
@@ -69,6 +70,9 @@ class Recipe:
     blend: float
     warm_up: int
     noise: float
+    unsure: float
+    conditional: bool
+    blur: float
 
     def weight_of(self, loss: str, step: int) -> float:
         """A loss's weight at a step: all but the reconstruction rise from 0 in the second half of the warm-up."""
@@ -86,6 +90,10 @@ class Recipe:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
         if self.noise < 0:
             raise ValueError(f"noise is a standard deviation, at least 0; got {self.noise}")
+        if not 0 <= self.unsure < math.inf:
+            raise ValueError(f"unsure is a number of at least 0; got {self.unsure}")
+        if not 0 <= self.blur < math.inf:
+            raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {self.blur}")
         if self.warm_up < 0:
             raise ValueError(f"warm_up is a number of steps, at least 0; got {self.warm_up}")
         if self.augment < 0:
@@ -167,6 +175,8 @@ class Classes(NamedTuple):
     """int64 [N] on the CPU."""
     members: dict[int, Tensor]
     """The images of every class of the pairs."""
+    confidence: Tensor
+    """float64 [N] on the CPU: the probability of the predicted class."""
 
 
 def look_through(
@@ -175,15 +185,16 @@ def look_through(
     """One pass over the images: what the classifier predicts, and that the decoder draws images of their size and
     range.
     """
-    predicted = []
+    logits = []
     for numbers in torch.arange(len(pool)).split(_BATCH_WHILE_LOOKING):
         x = pool.take(numbers)
         if tuple(x.shape[1:]) != decoder.shape.image:
             sizes = f"{list(decoder.shape.image)} and {list(x.shape[1:])}"
             raise ValueError(f"the training images have different sizes, {sizes}; resize them")
         check_range(x, decoder.low, decoder.high)
-        predicted.append(classifier.logits(x).argmax(1).cpu())
-    found = torch.cat(predicted)
+        logits.append(classifier.logits(x).cpu())
+    said = torch.cat(logits)
+    found = said.argmax(1)
     members = {}
     for index in sorted({index for pair in pairs for index in pair}):
         own = (found == index).nonzero()[:, 0]
@@ -195,7 +206,7 @@ def look_through(
                 "classifier recognises; at least 2 are needed"
             )
         members[index] = own
-    return Classes(found, members)
+    return Classes(found, members, said.double().softmax(1).amax(1))
 
 
 def check_range(x: Tensor, low: Tensor, high: Tensor) -> None:
@@ -219,6 +230,16 @@ class Sample(NamedTuple):
     k: Tensor
     noise: Tensor
     """What is added to the drawn images before the classifier sees them, [B,Ch,H,W] or a zero."""
+    sigma: float
+    """By how much every second one is blurred then."""
+
+    def seen(self, images: Tensor) -> Tensor:
+        """The drawn images as the classifier sees them."""
+        images = images + self.noise
+        if not self.sigma:
+            return images
+        clear, soft = images[::2], gaussian_blur(images[1::2], self.sigma)
+        return torch.cat([clear, soft]).index_select(0, _interleaved(len(images), images.device))
 
 
 @dataclass
@@ -243,9 +264,11 @@ class Trainer:
     def __post_init__(self) -> None:
         device = self.classifier.device
         self.decoder.to(device).train().requires_grad_(True)
-        if self.decoder.shape.skips and device.type == "cpu":
+        if max(self.decoder.shape.image[1:]) > PLAIN_SIDE and device.type == "cpu":
             self.decoder.to(memory_format=torch.channels_last)  # a quarter faster on large images
-        self.discriminator = PatchDiscriminator(self.decoder.shape.image[0], self.recipe.discriminator).to(device)
+        classes = self.classifier.num_classes if self.recipe.conditional else None
+        channels = self.decoder.shape.image[0]
+        self.discriminator = PatchDiscriminator(channels, self.recipe.discriminator, classes).to(device)
         settings: dict[str, Any] = {"lr": self.recipe.learning_rate, "betas": self.recipe.betas}
         self.optimisers = {
             "decoder": torch.optim.Adam(self.decoder.parameters(), **settings),
@@ -280,7 +303,7 @@ class Trainer:
         """The sample of a step."""
         count = self._count
         epoch, place = divmod(step, self._per_epoch)
-        order = torch.randperm(len(self.sources), generator=_seeded(self.recipe.seed, 2 * epoch + 1))
+        order = self._order(_seeded(self.recipe.seed, 2 * epoch + 1))
         numbers = self.sources[order[place * count : (place + 1) * count]]
         draws = _seeded(self.recipe.seed, 2 * step)
         source = self.classes.predicted[numbers]
@@ -307,7 +330,15 @@ class Trainer:
             share = self.recipe.blend * torch.rand(count, generator=draws) * (torch.rand(count, generator=draws) < 0.5)
             other = images[torch.randperm(count, generator=draws)]
             images = torch.lerp(images, other, share.to(images)[:, None, None, None])
-        return Sample(images, shown, source.to(device), target.to(device), k.to(device), noise.to(device))
+        sigma = self.recipe.blur * float(torch.rand((), generator=draws)) if self.recipe.blur else 0.0
+        return Sample(images, shown, source.to(device), target.to(device), k.to(device), noise.to(device), sigma)
+
+    def _order(self, draws: torch.Generator) -> Tensor:
+        """The order of the sources in an epoch; with `unsure`, drawn with replacement."""
+        if not self.recipe.unsure:
+            return torch.randperm(len(self.sources), generator=draws)
+        weights = 1 + self.recipe.unsure * (1 - self.classes.confidence[self.sources])
+        return torch.multinomial(weights, len(weights), replacement=True, generator=draws)
 
     def advance(self) -> dict[str, float]:
         """One step of both optimisers; the losses by name."""
@@ -332,12 +363,14 @@ class Trainer:
             with self._precision():
                 moved, start = self._decode_pair(features, skips, reflected, sample)
                 real_scores = drawn_scores = None
+                shown = torch.where(sample.k >= 0.5, sample.target, sample.source)
                 if weights["adversarial"]:
-                    real_scores, drawn_scores = self._judge(sample.references), self._judge(moved.detach())
+                    real_scores = self._judge(sample.references, shown)
+                    drawn_scores = self._judge(moved.detach(), shown)
             if real_scores is not None and drawn_scores is not None:
                 judged = losses.discriminator_adversarial(real_scores.float(), drawn_scores.float())
                 self._descend("discriminator", judged, {"discriminator": judged})
-            encoded_map, image_logits = self.classifier.encode(moved + sample.noise)
+            encoded_map, image_logits = self.classifier.encode(sample.seen(moved))
             encoded = encoded_map.mean((2, 3))
             terms = {
                 "classification": losses.classification(image_logits, latent_logits, recipe.kl_order),
@@ -352,7 +385,7 @@ class Trainer:
             }
             if weights["adversarial"]:
                 with self._precision():
-                    scores = self._judge(moved)
+                    scores = self._judge(moved, shown)
                 terms["adversarial"] = losses.generator_adversarial(scores.float())
             total = cast(Tensor, sum(weights[name] * term for name, term in terms.items()))
             self._descend("decoder", total, terms)
@@ -373,7 +406,7 @@ class Trainer:
         moved = shifted_maps(features, reflected, sample.k, unit, margins)
         maps = torch.cat([moved, features])
         prior = None
-        if skips:
+        if self.decoder.masks:
             both = sample.source.repeat(2), sample.target.repeat(2)
             k = sample.k.repeat(2).to(features.dtype)
             prior = prior_of(self.classifier, self.decoder, torch.cat([features, features]), maps, *both, k)
@@ -487,6 +520,12 @@ def cell_margins(
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _interleaved(count: int, device: torch.device) -> Tensor:
+    """Where the images of even and then of odd numbers have gone, int64 [count]."""
+    order = torch.cat([torch.arange(0, count, 2), torch.arange(1, count, 2)])
+    return order.argsort().to(device)
 
 
 def _seeded(seed: int, number: int) -> torch.Generator:

@@ -325,10 +325,13 @@ class MirrorCFE:
         decoder: Mapping[str, Any] | None = None,
         skips: bool | None = None,
         discriminator: Sequence[int] | None = None,
+        conditional: bool = False,
         augment: int = 0,
         blend: float = 0.0,
         warm_up: int = 0,
         noise: float = 0.0,
+        blur: float = 0.0,
+        unsure: float = 0.0,
         seed: int = 0,
         precision: str = "float32",
         compile: bool = False,
@@ -358,11 +361,16 @@ class MirrorCFE:
             decoder: arguments of `MirrorDecoder` (`width`, `image_range`...).
             skips: whether the decoder gets shallower maps of the source; None: for images of more than 64 pixels.
             discriminator: its widths; None: (32, 64, 128), and (64, 128, 256, 512) above 64 pixels.
+            conditional: whether the discriminator is told which class an image is to show (O).
             augment: pixels by which training images are moved at random.
             warm_up: steps at the start in which all losses but the reconstruction have less weight: none in the first
                 half, then rising (O). Large decoders need it, or they learn textures that fool the classifier first.
             noise: standard deviation, as a share of the image range, of noise added to half of the drawn images before
                 the classifier sees them, so that what it is told does not hang on single pixels (O).
+            blur: largest standard deviation, in pixels, of a blur of every second drawn image before the classifier
+                sees it, so that its class survives one (O).
+            unsure: how much more often images are drawn of which the classifier is unsure: with a weight of
+                1 + `unsure` (1 - confidence); they are where a small error of the image turns the prediction (O).
             blend: largest share of another image that is blended into every second one, so that the decoder sees
                 latents of little confidence as held-out images have them (O).
             seed: everything drawn depends on it and on the number of the step.
@@ -412,6 +420,9 @@ class MirrorCFE:
             blend=blend,
             warm_up=warm_up,
             noise=noise,
+            unsure=unsure,
+            conditional=conditional,
+            blur=blur,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -176,6 +176,7 @@ class MirrorDecoder(nn.Module):
         self.residual = editor == "residual"
         self.changes = output == "change"
         self.spatial_prior = spatial_prior
+        self.masks = spatial_prior and bool(shape.skips or (self.changes and self.contrasts))
         depth, *grid = shape.features
         channels, *size = shape.image
         self.pooled = nn.BatchNorm2d(depth) if pooled else None
@@ -298,9 +299,13 @@ def _above(activation: Tensor, k: Tensor, prior_range: tuple[float, float]) -> T
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells drawn patches from real ones: images [B,Ch,H,W] to scores [B,1,h,w], large for real (form: O)."""
+    """Tells drawn patches from real ones: images [B,Ch,H,W] to scores [B,1,h,w], large for real (form: O).
 
-    def __init__(self, channels: int, widths: Sequence[int] = (64, 128, 256, 512)) -> None:
+    With `classes` it is told what each image is to show, int64 [B], and judges whether a patch is one of that class
+    (projection, Miyato and Koyama 2018).
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int] = (64, 128, 256, 512), classes: int | None = None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for number, width in enumerate(widths):
@@ -308,10 +313,15 @@ class PatchDiscriminator(nn.Module):
             if number:
                 layers.append(nn.GroupNorm(math.gcd(8, width), width))
             layers.append(nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
+        self.layers = nn.Sequential(*layers)
+        self.score = nn.Conv2d(widths[-1], 1, 3, 1, 1)
+        self.of_class = None if classes is None else nn.Embedding(classes, widths[-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.layers(x)
+    def forward(self, x: Tensor, shown: Tensor | None = None) -> Tensor:
+        seen: Tensor = self.layers(x)
+        scores: Tensor = self.score(seen)
+        if self.of_class is not None:
+            scores = scores + (self.of_class(shown)[:, :, None, None] * seen).sum(1, keepdim=True)
         return scores
 
 

@@ -94,8 +94,9 @@ def mirror_recipe(on: str) -> MirrorRecipe:
     if on == "digits":
         return MirrorRecipe(DIGIT_PAIRS, {"steps": 4000, "augment": 2, "blend": 0.45, "weights": weights})
     if on == "fashion":
-        weights["reconstruction"] = 4.0
-        settings = {"steps": 6000, "augment": 1, "blend": 0.45, "warm_up": 500, "weights": weights}
+        weights |= {"reconstruction": 4.0, "classification": 3.0}
+        seen = {"augment": 1, "blend": 0.45, "blur": 1.2, "unsure": 8.0}
+        settings = {"steps": 10_000, "warm_up": 500, "kl_order": "latent", "weights": weights, **seen}
         return MirrorRecipe(FASHION_PAIRS, {**settings, "decoder": {"output": "change"}})
     # A bird fills few cells: with the prior's usual thresholds the background would change instead.
     small = {"decoder": {"width": 12, "most": 96, "inner": 64, "prior_range": (0.4, 0.7)}}

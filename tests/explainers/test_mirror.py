@@ -34,6 +34,7 @@ from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interru
 from finecf.explainers._reflection import GapHead
 from finecf.models.checkpoints import load_tensors
 from finecf.models.decoder import MirrorDecoder, activation_prior, shape_of
+from finecf.regions.baseline import gaussian_blur
 from finecf.training import load_digits_net, shipped_decoder
 
 TINY: dict[str, Any] = {
@@ -44,6 +45,7 @@ TINY: dict[str, Any] = {
 }
 PAIRS = [(0, 1), (1, 2)]
 EVERYTHING: dict[str, Any] = {"skips": True, "augment": 1, "blend": 0.3, "noise": 0.1, "warm_up": 4}
+EVERYTHING |= {"blur": 1.0, "unsure": 3.0, "conditional": True}
 """What makes a step harder to repeat."""
 CHANGE: dict[str, Any] = {
     "skips": True,
@@ -360,6 +362,9 @@ def trainer(skips: bool = False, drawn: dict[str, Any] | None = None, **options:
         "blend": 0.0,
         "warm_up": 0,
         "noise": 0.0,
+        "unsure": 0.0,
+        "conditional": False,
+        "blur": 0.0,
     }
     head = GapHead.linear(classifier.model.fc.weight, classifier.model.fc.bias)
     with torch.random.fork_rng(devices=[]):
@@ -392,12 +397,26 @@ def test_what_a_step_is_drawn_from() -> None:
             targets[s].add(t)
         seen += numbers
         again = own.draw(step)
-        assert all(torch.equal(one, two) for one, two in zip(sample, again, strict=True))
+        for one, two in zip(sample, again, strict=True):
+            assert torch.equal(one, two) if isinstance(one, Tensor) else one == two
     assert targets == partners
     assert len({tuple(own.draw(step).k.tolist()) for step in range(4)}) == 4
     for epoch in (seen[: 7 * per_epoch], seen[7 * per_epoch :]):
         assert len(set(epoch)) == len(epoch)  # no image twice in a pass
     assert seen[: 7 * per_epoch] != seen[7 * per_epoch :]
+
+
+def test_unsure_images_are_drawn_more_often() -> None:
+    own = trainer(unsure=50.0)
+    confidence = own.classifier.logits(data()).double().softmax(1).amax(1)
+    torch.testing.assert_close(own.classes.confidence, confidence.cpu())
+    counts = torch.zeros(len(own.sources))
+    for epoch in range(400):
+        counts += torch.bincount(own._order(torch.Generator().manual_seed(epoch)), minlength=len(counts))
+    wanted = 1 + 50 * (1 - confidence.cpu()[own.sources])
+    torch.testing.assert_close(counts.double() / counts.sum(), wanted / wanted.sum(), rtol=0.3, atol=0)
+    plain = trainer()._order(torch.Generator().manual_seed(0))
+    assert torch.equal(plain.sort().values, torch.arange(len(plain)))
 
 
 def test_moved_blended_and_noisy_images() -> None:
@@ -433,6 +452,31 @@ def test_moved_blended_and_noisy_images() -> None:
     assert 0 < int((spread > 0).sum()) < 7
     assert spread[spread > 0].tolist() == pytest.approx([0.1] * int((spread > 0).sum()), rel=0.15)
     assert float(still.noise.abs().max()) == 0
+
+
+def test_every_second_drawn_image_is_blurred_before_the_classifier_sees_it() -> None:
+    samples = [trainer(blur=2.0).draw(step) for step in range(40)]
+    sigmas = torch.tensor([sample.sigma for sample in samples])
+    assert 0 < float(sigmas.min()) < 0.4 < 1.6 < float(sigmas.max()) < 2
+    drawn = pictures(7, seed=5)
+    seen = samples[0].seen(drawn)
+    assert torch.equal(seen[::2], drawn[::2])
+    torch.testing.assert_close(seen[1::2], gaussian_blur(drawn[1::2], samples[0].sigma))
+    assert torch.equal(trainer().draw(0).seen(drawn), drawn)
+    assert torch.equal(samples[0].images, trainer().draw(0).images)
+
+
+def test_a_conditional_discriminator_is_told_what_an_image_is_to_show() -> None:
+    own = trainer(conditional=True)
+    told: list[Tensor] = []
+    own.discriminator.register_forward_pre_hook(lambda _, inputs: told.append(inputs[1]))
+    sample = own.draw(0)
+    own.advance()
+    wanted = torch.where(sample.k >= 0.5, sample.target, sample.source)
+    assert len(told) == 3  # real, drawn, and drawn for the decoder
+    assert all(torch.equal(each, wanted) for each in told)
+    known = own.classifier.logits(sample.references).argmax(1)
+    assert torch.equal(known, wanted)  # what the real images are
 
 
 def test_the_classifier_sees_the_noise_and_the_other_losses_do_not() -> None:
@@ -723,6 +767,8 @@ def test_pairs_by_name_by_index_and_in_any_order() -> None:
         ({"blend": 0.5}, ValueError, r"must lie in \[0, 0\.5\); got 0\.5"),
         ({"warm_up": -1}, ValueError, r"warm_up is a number of steps, at least 0; got -1"),
         ({"noise": -0.1}, ValueError, r"noise is a standard deviation, at least 0; got -0\.1"),
+        ({"blur": -0.1}, ValueError, r"blur is a standard deviation in pixels, at least 0; got -0\.1"),
+        ({"unsure": math.inf}, ValueError, "unsure is a number of at least 0; got inf"),
         ({"weights": {"beauty": 1}}, ValueError, r"unknown loss 'beauty'; there are classification, adversarial, rec"),
         ({"weights": {"feature": -1}}, ValueError, r"the weight of the feature loss must be a number of at least 0"),
         ({"weights": {"feature": math.inf}}, ValueError, r"the weight of the feature loss must be a number"),

@@ -304,6 +304,18 @@ def same_images(one: MirrorDecoder, two: MirrorDecoder, tolerance: float = 5e-3)
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=tolerance * span)
 
 
+def test_a_discriminator_that_is_told_the_class_judges_by_it() -> None:
+    torch.manual_seed(0)
+    net = PatchDiscriminator(3, (4, 8), classes=5).to(DEVICE)
+    x = torch.rand(1, 3, 32, 32, device=DEVICE).repeat(2, 1, 1, 1)
+    scores = net(x, torch.tensor([1, 4], device=DEVICE))
+    assert scores.shape == (2, 1, 8, 8)
+    assert not torch.allclose(scores[0], scores[1])
+    with torch.no_grad():
+        net.of_class.weight.zero_()
+    torch.testing.assert_close(net(x, torch.tensor([1, 4], device=DEVICE)), net.score(net.layers(x)))
+
+
 @pytest.mark.parametrize("name", ["28 px", "128 px, skips", "odd, skips"])
 def test_a_decoder_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     settings = {"editor": "replace", "prior_range": (0.2, 0.6), "image_range": (-2.1179, 2.64), "output": "change"}
