@@ -166,7 +166,12 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "reconstruction L1": faithful.rows["reconstruction L1"]["mean"],
     }
     if on == "birds":
-        tables.append(redrawn(numbers, x, target, found, options, summary))
+        drawn = {
+            "first": torch.stack([each.counterfactual for each in found]),
+            "k = 1": torch.stack([each.mirror_image for each in found]),
+            "PGD, first": quick.images,
+        }
+        tables.append(redrawn(numbers, x, target, drawn, options, summary))
     return tables, summary
 
 
@@ -174,43 +179,39 @@ def redrawn(
     numbers: Tensor,
     x: Tensor,
     target: Tensor,
-    found: list[MirrorExplanation],
+    drawn: dict[str, Tensor],
     options: argparse.Namespace,
     summary: dict[str, Any],
 ) -> Table:
     """How far the images are from the ground-truth counterfactual, which the generator draws."""
     birds = SyntheticBirds("test", n=options.images)
     items = [birds[int(number)] for number in numbers]
-    blank = torch.stack([each.reconstruction for each in found])
-    table = Table(
-        "birds: against the redrawn counterfactual", ["birds", "energy on parts", "their area", "inside", "outside"]
-    )
-    for name, images, start in (
-        ("first, from the image", [each.counterfactual for each in found], x),
-        ("first, from the image as decoded", [each.counterfactual for each in found], blank),
-        ("k = 1, from the image", [each.mirror_image for each in found], x),
-        ("k = 1, from the image as decoded", [each.mirror_image for each in found], blank),
-    ):
-        scores = redraw_distances(birds, items, start, torch.stack(images), target, grid=(8, 8))
-        seen = ~scores.inside.isnan()
-        energy = paired_bootstrap(scores.energy[seen], 3 * scores.area[seen])
+    table = Table("birds: against the redrawn counterfactual", [])
+    for name, images in drawn.items():
+        scores = redraw_distances(birds, items, x, images, target)
+        grown = redraw_distances(birds, items, x, images, target, grid=(8, 8))
+        seen = scores.graded
+        energy, area = scores.energy[seen].mean(), scores.area[seen].mean()
+        beyond = paired_bootstrap(scores.energy[seen], 3 * scores.area[seen])
         inside = paired_bootstrap(scores.inside[seen], scores.source_inside[seen])
         outside = paired_bootstrap(scores.outside[seen], scores.source_outside[seen])
         table.rows[name] = {
             "birds": int(seen.sum()),
-            "energy on parts": float(scores.energy[seen].mean()),
-            "their area": float(scores.area[seen].mean()),
+            "energy on parts": float(energy),
+            "times their area": float(energy / area),
+            "energy - 3 x area": beyond,
+            "on grown parts": float(grown.energy[seen].mean()),
+            "times the grown area": float(grown.energy[seen].mean() / grown.area[seen].mean()),
             "inside": inside,
             "outside": outside,
         }
-        ratio = float(scores.energy[seen].mean() / scores.area[seen].mean())
-        summary[f"energy to area, {name}"] = ratio
+        summary[f"energy to area, {name}"] = float(energy / area)
         summary[f"inside, {name}"] = inside.mean
-        table.notes.append(
-            f"{name}: the parts hold {ratio:.2f} times the share of the change that their area is; energy minus three "
-            f"times the area: {energy.mean:.3f} [{energy.low:.3f}, {energy.high:.3f}]."
-        )
-    table.notes.append("inside, outside: L1 to the redrawn bird minus that of the start, paired; negative is closer.")
+    table.columns = list(table.rows["first"])
+    table.notes.append(
+        "Energy: share of the change that lies on the visible parts that differ; grown: by half a cell of the map. "
+        "Inside, outside: L1 to the redrawn bird minus that of the image itself, paired; negative is closer."
+    )
     return table
 
 

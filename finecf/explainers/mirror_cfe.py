@@ -121,7 +121,7 @@ class MirrorCFE:
         reflection: "closed_form" (needs a linear head), "lbfgs" (the paper's search; any head) or "two_class"
             (eq. 1; other classes' logits move along).
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
-            the same; not with "lbfgs").
+            the same; not with "lbfgs"). None: as the decoder's file says that it was trained, else "uniform".
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
         resolution: in how fine steps of k the first counterfactual image is looked for.
         micro_batch: images decoded at a time; None: 32, or 256 on CUDA.
@@ -140,7 +140,7 @@ class MirrorCFE:
         decoder: MirrorDecoder | str | os.PathLike[str] | None = None,
         *,
         reflection: str = "closed_form",
-        shift: str = "uniform",
+        shift: str | None = None,
         untrained_pairs: str = "warn",
         resolution: float = 0.02,
         micro_batch: int | None = None,
@@ -150,9 +150,7 @@ class MirrorCFE:
     ) -> None:
         self.classifier = classifier
         self.reflection = one_of("reflection", reflection, REFLECTIONS)
-        self.shift = one_of("shift", shift, SHIFTS)
-        if shift == "per_cell" and reflection == "lbfgs":
-            raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
+        self.shift = "uniform" if shift is None else one_of("shift", shift, SHIFTS)
         self.untrained_pairs = one_of("untrained_pairs", untrained_pairs, UNTRAINED)
         if not 0 < resolution <= 0.5:
             raise ValueError(f"resolution is a step of k and must lie in (0, 0.5]; got {resolution}")
@@ -169,6 +167,10 @@ class MirrorCFE:
             self.decoder = decoder.to(classifier.device).eval()
         elif decoder is not None:
             self._load(decoder)
+            if shift is None:
+                self.shift = self.meta.get("recipe", {}).get("shift", "uniform")
+        if self.shift == "per_cell" and reflection == "lbfgs":
+            raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
 
     # Latents
 

@@ -32,10 +32,12 @@ class MirrorRecipe:
     Attributes:
         pairs: classes that are trained together.
         settings: arguments of `MirrorCFE.fit`.
+        shift: that of `MirrorCFE`.
     """
 
     pairs: tuple[Pair, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    shift: str = "uniform"
 
 
 DIGIT_PAIRS: Final = ((3, 8), (4, 9), (5, 6))
@@ -98,12 +100,15 @@ def mirror_recipe(on: str) -> MirrorRecipe:
         seen = {"augment": 1, "blend": 0.45, "blur": 1.2, "unsure": 8.0}
         settings = {"steps": 10_000, "warm_up": 500, "kl_order": "latent", "weights": weights, **seen}
         return MirrorRecipe(FASHION_PAIRS, {**settings, "decoder": {"output": "change"}})
-    # A bird fills few cells: with the prior's usual thresholds the background would change instead.
-    small = {"decoder": {"width": 12, "most": 96, "inner": 64, "prior_range": (0.4, 0.7)}}
-    # On large pictures the classification loss would drown the reconstruction, a mean over 49,152 numbers.
-    large = {"reconstruction": 20.0, "classification": 0.5, "triangulation": 2.0, "adversarial": 0.0}
+    # Look-alikes differ in a few cells: the change is kept to those, and every cell is mirrored by itself.
+    decoder = {"width": 16, "most": 96, "inner": 64, "subpixel": 2, "pooled": True, "output": "change"}
+    decoder |= {"prior": "contrast", "prior_range": (0.3, 0.6)}
+    settings = {"steps": 3600, "batch": 16, "learning_rate": 1.5e-3, "warm_up": 200, "kl_order": "latent"}
+    settings |= {"noise": 0.03, "blur": 1.0, "unsure": 2.0, "conditional": True, "discriminator": (32, 64, 128)}
+    # What two pictures differ in is mostly their background, and the triangulation loss would have the bird follow it.
+    weights = {"reconstruction": 5.0, "feature": 0.05, "triangulation": 0.05, "adversarial": 0.5}
     pairs = bird_pairs(SyntheticBirds("test", n=1))
-    return MirrorRecipe(pairs, {"steps": 2000, "batch": 16, "warm_up": 200, "noise": 0.1, "weights": large, **small})
+    return MirrorRecipe(pairs, {**settings, "decoder": decoder, "weights": weights}, shift="per_cell")
 
 
 def train_mirror(
@@ -157,7 +162,7 @@ def train_mirror(
         if steps is not None:
             settings["steps"] = steps
         pictures, labels = mirror_data(on, "train", wrapped, data, images)
-        mirror = MirrorCFE(wrapped, progress=progress)
+        mirror = MirrorCFE(wrapped, shift=recipe.shift, progress=progress)
         preview = None
         if previews is not None:
             preview = _previews(Path(previews), *mirror_data(on, "test", wrapped, data, 40), recipe.pairs)

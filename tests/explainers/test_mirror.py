@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1200,6 +1201,23 @@ def test_a_fitted_decoder_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 # ---- bad input to explain
+
+
+def test_a_decoder_is_used_with_the_shift_that_it_was_trained_with(tmp_path: Path) -> None:
+    file = tmp_path / "d.safetensors"
+    trained, _ = fitted(shift="per_cell", checkpoint=file)
+    clf = trained.classifier
+    assert finecf.MirrorCFE(clf, decoder=file).shift == "per_cell"
+    assert finecf.MirrorCFE(clf, decoder=file, shift="uniform").shift == "uniform"
+    assert finecf.MirrorCFE(clf).shift == "uniform"
+    with pytest.raises(ValueError, match='shift="per_cell" needs a reflection'):
+        finecf.MirrorCFE(clf, decoder=file, reflection="lbfgs")
+    x = data(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pairs that were not trained
+        again = finecf.MirrorCFE(clf, decoder=file).explain(x, others(clf, x))
+        for one, two in zip(trained.explain(x, others(clf, x)), again, strict=True):
+            torch.testing.assert_close(one.mirror_image, two.mirror_image, rtol=0, atol=1e-2)  # stored in half
 
 
 def test_an_untrained_pair_is_warned_of_or_refused() -> None:
