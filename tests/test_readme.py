@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
+
+import finecf
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -25,7 +28,7 @@ class Small(nn.Module):
 @pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests (a copy of the package alone)")
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     torch.manual_seed(0)
     model = Small()
     images = torch.rand(60, 3, 32, 32)
@@ -35,9 +38,18 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         predicted = model(images).argmax(1)
     assert set(predicted.tolist()) == {0, 1, 2}
     names = ["Bohemian Waxwing", "Cedar Waxwing", "Elegant Trogon"]
-    image = images[(predicted != 1).nonzero()[0, 0]]
+    given = {
+        "model": model,
+        "names": names,
+        "train_loader": [(images, predicted)],
+        "train_data": TensorDataset(images, predicted),
+        "image": images[(predicted == 0).nonzero()[0, 0]],
+    }
     monkeypatch.chdir(tmp_path)
-    exec("".join(examples), {"model": model, "names": names, "train_loader": [(images, predicted)], "image": image})
+    exec("".join(examples), given)
     assert (tmp_path / "why.png").stat().st_size > 10_000
     assert (tmp_path / "regions.png").stat().st_size > 10_000
+    assert (tmp_path / "mirror.png").stat().st_size > 10_000
+    assert (tmp_path / "mirror.gif").stat().st_size > 1_000
     assert (tmp_path / "why.safetensors").exists()
+    assert finecf.MirrorCFE(given["clf"], decoder=tmp_path / "waxwings.safetensors").decoder is not None

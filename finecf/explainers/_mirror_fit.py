@@ -147,25 +147,23 @@ class Pool:
 
     def take(self, numbers: Tensor) -> Tensor:
         """Images [n,Ch,H,W]."""
+        return self.read(numbers)[0]
+
+    def read(self, numbers: Tensor) -> tuple[Tensor, list[int | None]]:
+        """Images [n,Ch,H,W], and the label that comes with each, where one does."""
         if self._whole is not None:
-            return self._classifier.prepare(self._whole[numbers])
+            labels = self._data[1] if isinstance(self._data, tuple) else None
+            named = [None if labels is None else int(labels[number]) for number in numbers]
+            return self._classifier.prepare(self._whole[numbers]), named
         found = [self._data[int(number)] for number in numbers]
-        images = [each[0] if isinstance(each, (tuple, list)) else each for each in found]
+        pairs = [each if isinstance(each, (tuple, list)) else (each,) for each in found]
+        images, named = [each[0] for each in pairs], [int(each[1]) if len(each) > 1 else None for each in pairs]
         if all(isinstance(each, Tensor) for each in images):
             sizes = {tuple(each.shape) for each in images}
             if len(sizes) > 1:
                 raise ValueError(f"the training images have different sizes, {sorted(sizes)}; resize them")
-            return self._classifier.prepare(torch.stack(images))
-        return self._classifier.prepare(images)
-
-    def label(self, number: int) -> int | None:
-        """The label that comes with an image, where one does."""
-        if isinstance(self._data, tuple):
-            return int(self._data[1][number])
-        if self._whole is not None:
-            return None
-        found = self._data[number]
-        return int(found[1]) if isinstance(found, (tuple, list)) and len(found) > 1 else None
+            return self._classifier.prepare(torch.stack(images)), named
+        return self._classifier.prepare(images), named
 
 
 class Classes(NamedTuple):
@@ -185,9 +183,10 @@ def look_through(
     """One pass over the images: what the classifier predicts, and that the decoder draws images of their size and
     range.
     """
-    logits = []
+    logits, labels = [], []
     for numbers in torch.arange(len(pool)).split(_BATCH_WHILE_LOOKING):
-        x = pool.take(numbers)
+        x, named = pool.read(numbers)
+        labels += named
         if tuple(x.shape[1:]) != decoder.shape.image:
             sizes = f"{list(decoder.shape.image)} and {list(x.shape[1:])}"
             raise ValueError(f"the training images have different sizes, {sizes}; resize them")
@@ -198,8 +197,7 @@ def look_through(
     members = {}
     for index in sorted({index for pair in pairs for index in pair}):
         own = (found == index).nonzero()[:, 0]
-        labels = [pool.label(int(number)) for number in own]
-        own = own[[label is None or label == index for label in labels]]
+        own = own[[labels[number] is None or labels[number] == index for number in own.tolist()]]
         if len(own) < 2:
             raise ValueError(
                 f"class {classifier.class_name(index)!r} of the pairs has {len(own)} training images that the "
