@@ -2,13 +2,15 @@
 
     python benchmarks/mirror.py --on digits [--decoder FILE] [--images N] [--markdown FILE]
     python benchmarks/mirror.py --on fashion --data FOLDER --classifier FILE --decoder FILE
-    python benchmarks/mirror.py --on birds --ablation NAME=DECODER [NAME=DECODER ...]
+    python benchmarks/mirror.py --on birds --ablation FOLDER [--steps N]
 
 Held-out images that the classifier recognises, with the other class of their pair as target (birds: the next one of
 the family). Each method is scored at its first image that is called the target, and at its end: k = 1, or PGD driven on
 until source and target have swapped their logits' distance. "denoised": after a Gaussian blur of sigma 1, kernel 7.
 Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD, which has
 none, that of Mirror-CFE at k = 1.
+
+--ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from finecf.metrics import (
 from finecf.metrics.tables import Table
 from finecf.models import Classifier
 from finecf.regions.baseline import gaussian_blur
-from finecf.training import mirror_classifier, mirror_data, mirror_recipe, shipped_decoder
+from finecf.training import mirror_classifier, mirror_data, mirror_recipe, shipped_decoder, train_mirror
 
 REFERENCES = 2_000
 """Training images at most, among which the interpolation looks for the nearest of the target class."""
@@ -62,7 +64,7 @@ def chosen_images(
     partner: dict[int, int] = {}
     for p, q in sorted(pairs):  # the next one of the family; the last one's is the first
         partner.setdefault(p, q)
-    for p, q in sorted(pairs, reverse=True):
+    for p, q in sorted(pairs):
         partner.setdefault(q, p)
     predicted = torch.cat([classifier.logits(part).argmax(1) for part in pictures.split(64)])
     known = torch.tensor([int(label) in partner for label in labels])
@@ -215,6 +217,34 @@ def redrawn(
     return table
 
 
+def ablated(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Decoders with and without each part of the method, trained where their files are not there."""
+    variants: dict[str, dict[str, Any]] = {
+        "all of it": {},
+        "without triangulation": {"weights": {"triangulation": 0.0}},
+        "without feature": {"weights": {"feature": 0.0}},
+    }
+    if options.on == "birds":
+        variants["without spatial prior"] = {"spatial_prior": False}
+    files = []
+    for name, settings in variants.items():
+        file = options.ablation / f"{options.on} {name}.safetensors".replace(" ", "_")
+        if not file.is_file():
+            train_mirror(
+                options.on,
+                file,
+                options.data,
+                options.classifier,
+                options.steps,
+                precision="bfloat16",
+                threads=options.threads,
+                progress=True,
+                **settings,
+            )
+        files.append((name, file))
+    return files
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", default="digits", choices=["digits", "birds", "fashion"])
@@ -223,7 +253,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="where fashion_mnist.npz is")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ablation", nargs="+", metavar="NAME=FILE", help="several decoders, one row each")
+    parser.add_argument("--ablation", type=Path, metavar="FOLDER", help="where the decoders are, or are to be")
+    parser.add_argument("--steps", type=int, help="of the decoders that are trained; default: the recipe's")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -231,8 +262,7 @@ def main() -> None:
     tables: list[Table] = []
     if options.ablation:
         table = Table(f"{options.on}: what the parts are worth", [])
-        for each in options.ablation:
-            name, _, file = each.partition("=")
+        for name, file in ablated(options):
             _, table.rows[name] = score(options.on, finecf.MirrorCFE(classifier, file), options)
         table.columns = list(next(iter(table.rows.values())))
         tables.append(table)

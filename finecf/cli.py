@@ -313,6 +313,7 @@ def train(
     weight: Annotated[
         list[str] | None, typer.Option(help="mirror: a loss's weight, as in triangulation=0; may be repeated.")
     ] = None,
+    spatial_prior: Annotated[bool, typer.Option(help="mirror: whether only cells of evidence may change.")] = True,
     previews: Annotated[Path | None, typer.Option(help="mirror: a folder for strips of images.")] = None,
 ) -> None:
     """Train the small networks that ship with finecf, or a decoder; an interrupted training goes on from its file."""
@@ -325,7 +326,16 @@ def train(
         except ValueError:
             raise ValueError(f"--weight takes a loss and a number, as in triangulation=0; got {weight}") from None
         meta = train_mirror(
-            on, path, data, classifier, steps=steps, images=images, weights=weights, previews=previews, **settings
+            on,
+            path,
+            data,
+            classifier,
+            steps=steps,
+            images=images,
+            weights=weights,
+            spatial_prior=spatial_prior,
+            previews=previews,
+            **settings,
         )
         rich.print(f"A decoder for {len(meta['pairs'])} pairs of {on}; the checkpoint is {path}.")
         return

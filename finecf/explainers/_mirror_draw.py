@@ -55,12 +55,12 @@ class Canvas:
         drawn = self.decoder(maps, skips, prepared, prior)
         if not self.decoder.changes:
             return drawn
-        first = self.decoder(start, skips, prepared, prior) if skips else self._first[rows]
+        first = self.decoder(start, skips, prepared, prior) if self.decoder.skips else self._first[rows]
         return self.decoder.shown(self.images[rows], drawn, first, prior)
 
     @cached_property
     def _first(self) -> Tensor:
-        """What is drawn of the images' own maps; it depends on k where there are skips."""
+        """What is drawn of the images' own maps; with skips it depends on k."""
         drawn: Tensor = self.decoder(self.features)
         return drawn
 

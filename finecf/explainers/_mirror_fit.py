@@ -27,7 +27,7 @@ from finecf.explainers._reflection import GapHead, shifted_maps
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors, save_tensors
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, PatchDiscriminator
-from finecf.regions.baseline import gaussian_blur
+from finecf.regions.baseline import blur_every_second
 
 LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "triangulation")
 _BATCH_WHILE_LOOKING = 64
@@ -149,15 +149,15 @@ class Pool:
         """Images [n,Ch,H,W]."""
         return self.read(numbers)[0]
 
-    def read(self, numbers: Tensor) -> tuple[Tensor, list[int | None]]:
-        """Images [n,Ch,H,W], and the label that comes with each, where one does."""
+    def read(self, numbers: Tensor) -> tuple[Tensor, list[Any]]:
+        """Images [n,Ch,H,W], and what comes with each as its label, or None."""
         if self._whole is not None:
             labels = self._data[1] if isinstance(self._data, tuple) else None
-            named = [None if labels is None else int(labels[number]) for number in numbers]
+            named = [None if labels is None else labels[number] for number in numbers]
             return self._classifier.prepare(self._whole[numbers]), named
         found = [self._data[int(number)] for number in numbers]
         pairs = [each if isinstance(each, (tuple, list)) else (each,) for each in found]
-        images, named = [each[0] for each in pairs], [int(each[1]) if len(each) > 1 else None for each in pairs]
+        images, named = [each[0] for each in pairs], [each[1] if len(each) > 1 else None for each in pairs]
         if all(isinstance(each, Tensor) for each in images):
             sizes = {tuple(each.shape) for each in images}
             if len(sizes) > 1:
@@ -183,7 +183,7 @@ def look_through(
     """One pass over the images: what the classifier predicts, and that the decoder draws images of their size and
     range.
     """
-    logits, labels = [], []
+    guesses, sureness, labels = [], [], []
     for numbers in torch.arange(len(pool)).split(_BATCH_WHILE_LOOKING):
         x, named = pool.read(numbers)
         labels += named
@@ -191,20 +191,21 @@ def look_through(
             sizes = f"{list(decoder.shape.image)} and {list(x.shape[1:])}"
             raise ValueError(f"the training images have different sizes, {sizes}; resize them")
         check_range(x, decoder.low, decoder.high)
-        logits.append(classifier.logits(x).cpu())
-    said = torch.cat(logits)
-    found = said.argmax(1)
+        sure, guess = classifier.logits(x).cpu().double().softmax(1).max(1)
+        guesses.append(guess)
+        sureness.append(sure)
+    found = torch.cat(guesses)
     members = {}
     for index in sorted({index for pair in pairs for index in pair}):
         own = (found == index).nonzero()[:, 0]
-        own = own[[labels[number] is None or labels[number] == index for number in own.tolist()]]
+        own = own[[labels[number] is None or int(labels[number]) == index for number in own.tolist()]]
         if len(own) < 2:
             raise ValueError(
                 f"class {classifier.class_name(index)!r} of the pairs has {len(own)} training images that the "
                 "classifier recognises; at least 2 are needed"
             )
         members[index] = own
-    return Classes(found, members, said.double().softmax(1).amax(1))
+    return Classes(found, members, torch.cat(sureness))
 
 
 def check_range(x: Tensor, low: Tensor, high: Tensor) -> None:
@@ -234,10 +235,7 @@ class Sample(NamedTuple):
     def seen(self, images: Tensor) -> Tensor:
         """The drawn images as the classifier sees them."""
         images = images + self.noise
-        if not self.sigma:
-            return images
-        clear, soft = images[::2], gaussian_blur(images[1::2], self.sigma)
-        return torch.cat([clear, soft]).index_select(0, _interleaved(len(images), images.device))
+        return blur_every_second(images, self.sigma, 1) if self.sigma else images
 
 
 @dataclass
@@ -265,6 +263,8 @@ class Trainer:
         if max(self.decoder.shape.image[1:]) > PLAIN_SIDE and device.type == "cpu":
             self.decoder.to(memory_format=torch.channels_last)  # a quarter faster on large images
         classes = self.classifier.num_classes if self.recipe.conditional else None
+        if self.recipe.conditional and classes is None:
+            raise ValueError("conditional: the number of classes is not known yet; run the classifier once")
         channels = self.decoder.shape.image[0]
         self.discriminator = PatchDiscriminator(channels, self.recipe.discriminator, classes).to(device)
         settings: dict[str, Any] = {"lr": self.recipe.learning_rate, "betas": self.recipe.betas}
@@ -403,15 +403,17 @@ class Trainer:
         unit, margins = cell_margins(self.classifier, self.head, features, sample.source, sample.target, self.recipe)
         moved = shifted_maps(features, reflected, sample.k, unit, margins)
         maps = torch.cat([moved, features])
-        prior = None
+        prior = both = None
         if self.decoder.masks:
-            both = sample.source.repeat(2), sample.target.repeat(2)
-            k = sample.k.repeat(2).to(features.dtype)
-            prior = prior_of(self.classifier, self.decoder, torch.cat([features, features]), maps, *both, k)
+            named = sample.source, sample.target, sample.k.to(features.dtype)
+            prior = prior_of(self.classifier, self.decoder, features, moved, *named)
+            # What is subtracted is drawn as what it is subtracted from.
+            own = prior if self.decoder.changes else prior_of(self.classifier, self.decoder, features, features, *named)
+            both = torch.cat([prior, own])
         prepared = [torch.cat([each, each]) for each in self.decoder.prepare(skips)]
-        images = self._decode(maps, [torch.cat([each, each]) for each in skips], prepared, prior).float()
+        images = self._decode(maps, [torch.cat([each, each]) for each in skips], prepared, both).float()
         drawn, start = images.chunk(2)
-        return self.decoder.shown(sample.images, drawn, start, None if prior is None else prior.chunk(2)[0]), start
+        return self.decoder.shown(sample.images, drawn, start, prior), start
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         return self.classifier.pyramid(images) if self.decoder.shape.skips else [self.classifier.encode(images)[0]]
@@ -518,12 +520,6 @@ def cell_margins(
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _interleaved(count: int, device: torch.device) -> Tensor:
-    """Where the images of even and then of odd numbers have gone, int64 [count]."""
-    order = torch.cat([torch.arange(0, count, 2), torch.arange(1, count, 2)])
-    return order.argsort().to(device)
 
 
 def _seeded(seed: int, number: int) -> torch.Generator:

@@ -33,7 +33,7 @@ from finecf.explainers._reflection import (
 from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
-from finecf.models.decoder import MirrorDecoder, load_decoder, save_decoder, shape_of
+from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
 from finecf.models.fold import tolerance
 
 SHIFTS: Final = ("uniform", "per_cell")
@@ -121,7 +121,8 @@ class MirrorCFE:
         reflection: "closed_form" (needs a linear head), "lbfgs" (the paper's search; any head) or "two_class"
             (eq. 1; other classes' logits move along).
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
-            the same; not with "lbfgs"). None: as the decoder's file says that it was trained, else "uniform".
+            the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
+            that is no file, and where there is none yet.
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
         resolution: in how fine steps of k the first counterfactual image is looked for.
         micro_batch: images decoded at a time; None: 32, or 256 on CUDA.
@@ -168,7 +169,7 @@ class MirrorCFE:
         elif decoder is not None:
             self._load(decoder)
             if shift is None:
-                self.shift = self.meta.get("recipe", {}).get("shift", "uniform")
+                self.shift = self.meta.get("recipe", self.meta).get("shift", "uniform")
         if self.shift == "per_cell" and reflection == "lbfgs":
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
 
@@ -402,7 +403,7 @@ class MirrorCFE:
         named = self._pairs(pairs)
         with plain(self.classifier.device):
             head = self._gap_head(*self.classifier.features_and_logits(first))
-        large = max(first.shape[2:]) > 64
+        large = max(first.shape[2:]) > PLAIN_SIDE
         shape = shape_of(self.classifier, first[0], skips)
         wanted = {index for pair in named for index in pair}
         recipe = fitting.Recipe(
@@ -490,7 +491,7 @@ class MirrorCFE:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
         if self.decoder is None:
             raise ValueError("there is no decoder to save: fit one first")
-        meta = {"classifier": self.classifier.fingerprint(), **self.meta, **more}
+        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, **self.meta, **more}
         save_decoder(path, self.decoder, meta)
 
     def _load(self, path: str | os.PathLike[str]) -> None:

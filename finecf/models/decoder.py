@@ -111,7 +111,8 @@ class MirrorDecoder(nn.Module):
 
     Args:
         shape: of map, image and skip levels.
-        width: channels at the image's size; they double with every halving, up to `most`.
+        width: channels at the last stage, at the image's size divided by `subpixel`; they double with every halving, up
+            to `most`.
         most: channels at the deepest stage.
         inner: channels of the pattern editor's reduced skip (O).
         image_range: (least, largest) value of the images, a number or one per channel.
@@ -121,8 +122,8 @@ class MirrorDecoder(nn.Module):
         prior_range: least and largest threshold of the spatial prior.
         prior: what the spatial prior is made of, `activation_prior` (P) or `contrast_prior` (O).
         output: "image": x_k is what is drawn of f_k (P); "change": it is the source image plus what is drawn of f_k
-            minus what is drawn of f_s, under the spatial prior, so that what the decoder cannot draw of an image stays
-            in it, and x_0 is the image itself (O).
+            minus what is drawn of f_s, so that what the decoder cannot draw of an image stays in it, and x_0 is the
+            image itself (O). With skips, and with the contrast prior, the change is kept to the spatial prior.
         subpixel: side of the blocks of pixels that the last convolution draws at once; the stages end at the image's
             size divided by it (O).
         pooled: whether the map's mean over cells, which is all that the classifier's head reads, is given to every cell
@@ -176,7 +177,6 @@ class MirrorDecoder(nn.Module):
         self.residual = editor == "residual"
         self.changes = output == "change"
         self.spatial_prior = spatial_prior
-        self.masks = spatial_prior and bool(shape.skips or (self.changes and self.contrasts))
         depth, *grid = shape.features
         channels, *size = shape.image
         self.pooled = nn.BatchNorm2d(depth) if pooled else None
@@ -188,10 +188,16 @@ class MirrorDecoder(nn.Module):
             raise ValueError(f"image_range must be (least, largest) with least < largest; got {image_range}")
         if subpixel < 1 or size[0] % subpixel or size[1] % subpixel:
             raise ValueError(f"subpixel must be at least 1 and divide the image's sides {size}; got {subpixel}")
+        if size[0] // subpixel < grid[0] or size[1] // subpixel < grid[1]:
+            raise ValueError(f"subpixel {subpixel} leaves images of {size} fewer places than the map has, {grid}")
         self.subpixel = subpixel
         by_size = {(height, length): number for number, (_, height, length) in enumerate(shape.skips)}
         self.sizes = _stages((grid[0], grid[1]), (size[0] // subpixel, size[1] // subpixel), list(by_size))
         self.skip_at = [by_size.get(each) for each in self.sizes]
+        self.skips = any(number is not None for number in self.skip_at)
+        self.masks = spatial_prior and (self.skips or (self.changes and self.contrasts))
+        if spatial_prior and self.contrasts and not self.masks:
+            raise ValueError('prior="contrast" has nothing to mask: it needs skips, or output="change"')
         # Levels that are larger than the last stage are not used.
         self.editors = nn.ModuleList(
             PatternEditor(level, (read, grid[0], grid[1]), inner) if number in self.skip_at else nn.Identity()
@@ -284,8 +290,9 @@ def activation_prior(
 def contrast_prior(
     activation_source: Tensor, activation_target: Tensor, k: Tensor, prior_range: tuple[float, float] = PRIOR_RANGE
 ) -> Tensor:
-    """As `activation_prior`, of what speaks for the source rather than the target: the difference of their activations
-    in the source image (O). Look-alikes have nearly the same activations; they differ where their marks differ.
+    """As `activation_prior`, of what speaks for the source rather than the target: by how much the activation of the
+    source is above that of the target, in the source image (O). Look-alikes have nearly the same activations; they
+    differ where their marks differ.
     """
     return _above(activation_source - activation_target, k, prior_range).to(activation_source.dtype)
 

@@ -40,6 +40,13 @@ def baseline_images(baseline: str | Tensor, images: Tensor, mean_colour: Tensor 
     return chosen.expand_as(images)
 
 
+def blur_every_second(images: Tensor, sigma: float, first: int) -> Tensor:
+    """Images [B,C,H,W], of which number `first` and every second one after it is blurred."""
+    found = images.clone()
+    found[first::2] = gaussian_blur(images[first::2], sigma)
+    return found
+
+
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     """Separable Gaussian over the last two axes of [B,C,H,W], cut at 3 sigma, borders replicated."""
     radius = max(1, round(3 * sigma))

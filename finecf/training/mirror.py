@@ -142,7 +142,7 @@ def train_mirror(
         precision: "float32", or "bfloat16" for decoder and discriminator.
         threads: of torch (None: as they are); the same number gives the same weights on one machine.
         weights: of the losses, instead of the recipe's.
-        spatial_prior: whether the decoder has one, where it has skips.
+        spatial_prior: whether the decoder is restricted by one, where the recipe has one.
         resume: whether to go on from `<out>.resume`.
         progress: whether to show a bar.
         previews: a folder for strips of test images.
@@ -178,6 +178,10 @@ def train_mirror(
             **settings,
         )
         default = f"finecf train mirror --on {on} --seed {seed} --precision {precision}"
+        for name, value in (("steps", steps), ("images", images)):
+            default += "" if value is None else f" --{name} {value}"
+        default += "".join(f" --weight {name}={value}" for name, value in (weights or {}).items())
+        default += "" if spatial_prior else " --no-spatial-prior"
         mirror.meta |= {"command": command or default, "images": len(pictures), "threads": torch.get_num_threads()}
         mirror.save(out)
         return mirror.meta

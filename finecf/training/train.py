@@ -25,7 +25,7 @@ from finecf.data.birds import SyntheticBirds
 from finecf.data.digits import SIZE, Digits, digits
 from finecf.data.fashion import FashionMNIST, fashion_mnist
 from finecf.models.checkpoints import save_checkpoint
-from finecf.regions.baseline import gaussian_blur
+from finecf.regions.baseline import blur_every_second
 from finecf.training.nets import BIRDS_WIDTHS, DIGITS_WIDTH, BirdsNet, DigitsNet
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +47,10 @@ class _Recipe:
     precision: str  # "float32", or "bfloat16": the forward pass under autocast
     augment: bool  # pictures are moved and mirrored, where that leaves their class as it is
     blur: float = 0.0  # largest standard deviation, in pixels, of a blur of half of the pictures
+
+    def told(self) -> dict[str, Any]:
+        """What a description says of it; no blur is not mentioned, as in files of before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "blur" or value}
 
 
 @contextmanager
@@ -115,9 +119,7 @@ def _augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 def _softened(images: torch.Tensor, blur: float, generator: torch.Generator) -> torch.Tensor:
     """Every second picture blurred, all by the same sigma up to `blur`."""
     sigma = blur * float(torch.rand((), generator=generator))
-    softened = images.clone()
-    softened[::2] = gaussian_blur(images[::2], max(sigma, 0.05))
-    return softened
+    return blur_every_second(images, max(sigma, 0.05), 0)
 
 
 def _read_state(resume_file: Path) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def _fit(
     """
     optimiser = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     per_epoch = len(images) // recipe.batch
-    fingerprint = json.dumps({**asdict(recipe), **of, "images": len(images)}, sort_keys=True)
+    fingerprint = json.dumps({**recipe.told(), **of, "images": len(images)}, sort_keys=True)
     first = 0
     if resume and resume_file.is_file():
         state = _read_state(resume_file)
@@ -209,7 +211,7 @@ def _check(recipe: _Recipe, images: int) -> None:
     for name, value in (("epochs", recipe.epochs), ("batch", recipe.batch)):
         if value < 1:
             raise ValueError(f"{name}: expected a whole number from 1 on, got {value}")
-    if not recipe.blur >= 0:
+    if not 0 <= recipe.blur < math.inf:
         raise ValueError(f"blur: expected a number of pixels from 0 on, got {recipe.blur}")
     if not recipe.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a positive number, got {recipe.learning_rate}")
@@ -262,7 +264,7 @@ def _train(
         inside = int((families[predicted] == families[truth])[wrong].sum())
         meta = {
             **meta,
-            "recipe": asdict(recipe),
+            "recipe": recipe.told(),
             "images": len(train[0]),
             "test_images": len(truth),
             "accuracy": round(1 - float(wrong.double().mean()), 4) if len(truth) else None,

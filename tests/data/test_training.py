@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from finecf.data import SyntheticBirds, config_hash, digits
 from finecf.models.checkpoints import SHIPPED
+from finecf.regions.baseline import gaussian_blur
 from finecf.training import (
     BirdsNet,
     load_birds_net,
@@ -23,6 +24,8 @@ from finecf.training import (
     train_birds,
     train_digits,
 )
+from finecf.training.nets import DigitsNet
+from finecf.training.train import _fit, _Recipe, _softened
 
 TINY: dict[str, Any] = {"epochs": 3, "images": 96, "test_images": 40, "size": 32, "batch": 32}
 
@@ -169,3 +172,21 @@ def test_the_shipped_digits_net() -> None:
     wrong = int((predict(net, test.batch()).numpy() != np.asarray(test.labels)).sum())
     assert abs(wrong - meta["mistakes"]) <= 1  # another processor may round a close call the other way
     assert meta["accuracy"] >= 0.97
+
+
+def test_every_second_picture_is_blurred_and_a_net_is_trained_on_that(tmp_path: Path) -> None:
+    pictures = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    softened = _softened(pictures, 2.0, torch.Generator().manual_seed(1))
+    sigma = 2.0 * float(torch.rand((), generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(softened[1::2], pictures[1::2])
+    torch.testing.assert_close(softened[::2], gaussian_blur(pictures[::2], sigma))
+    trained = []
+    for blur in (0.0, 1.0):
+        recipe = _Recipe(4, 5, 1e-2, 0.0, 0, "float32", augment=False, blur=blur)
+        assert recipe.told().get("blur") == (blur or None)
+        torch.manual_seed(0)
+        net = DigitsNet(2, width=4, channels=1)
+        state = tmp_path / f"{blur}.resume"
+        _fit(net, pictures, torch.tensor([0, 1, 0, 1, 0]), recipe, {}, state, False, lambda *_: None)
+        trained.append(net.fc.weight.detach())
+    assert not torch.equal(*trained)

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import finecf
 from finecf.explainers import Interrupted, TrainingStopped, _mirror_losses
+from finecf.explainers._mirror_draw import Canvas
 from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interrupted_after
 from finecf.explainers._reflection import GapHead
 from finecf.models.checkpoints import load_tensors
@@ -416,6 +417,9 @@ def test_unsure_images_are_drawn_more_often() -> None:
         counts += torch.bincount(own._order(torch.Generator().manual_seed(epoch)), minlength=len(counts))
     wanted = 1 + 50 * (1 - confidence.cpu()[own.sources])
     torch.testing.assert_close(counts.double() / counts.sum(), wanted / wanted.sum(), rtol=0.3, atol=0)
+    drawn = own.draw(0).images.flatten(1)
+    alike = (torch.cdist(torch.cat([own.draw(step).images.flatten(1) for step in range(3)]), drawn) == 0).sum()
+    assert int(alike) > 7  # an epoch holds some images more than once
     plain = trainer()._order(torch.Generator().manual_seed(0))
     assert torch.equal(plain.sort().values, torch.arange(len(plain)))
 
@@ -469,6 +473,7 @@ def test_every_second_drawn_image_is_blurred_before_the_classifier_sees_it() -> 
 
 def test_a_conditional_discriminator_is_told_what_an_image_is_to_show() -> None:
     own = trainer(conditional=True)
+    before = own.discriminator.of_class.weight.clone()
     told: list[Tensor] = []
     own.discriminator.register_forward_pre_hook(lambda _, inputs: told.append(inputs[1]))
     sample = own.draw(0)
@@ -476,6 +481,8 @@ def test_a_conditional_discriminator_is_told_what_an_image_is_to_show() -> None:
     wanted = torch.where(sample.k >= 0.5, sample.target, sample.source)
     assert len(told) == 3  # real, drawn, and drawn for the decoder
     assert all(torch.equal(each, wanted) for each in told)
+    assert not torch.equal(own.discriminator.of_class.weight, before)
+    assert trainer().discriminator.of_class is None
     known = own.classifier.logits(sample.references).argmax(1)
     assert torch.equal(known, wanted)  # what the real images are
 
@@ -504,6 +511,23 @@ def test_the_weights_rise_in_the_second_half_of_the_warm_up() -> None:
     assert ["adversarial" in each for each in losses] == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize("prior", ["activation", "contrast"])
+def test_training_draws_what_explaining_draws(prior: str) -> None:
+    own = trainer(True, {"output": "change", "prior": prior})
+    own.decoder.eval()
+    nn.init.normal_(own.decoder.to_image.weight, std=30.0)  # an untrained decoder hardly sees what it is given
+    sample = own.draw(0)
+    with torch.no_grad():
+        *skips, features = own.classifier.pyramid(sample.images)
+        found = own.head.reflect(features.mean((2, 3)), sample.source, sample.target, "closed_form")
+        trained, _ = own._decode_pair(features, skips, found, sample)
+        canvas = Canvas.of(own.classifier, own.decoder, sample.images, features, sample.source, sample.target, skips)
+        moved = features + (sample.k[:, None] * found.step).to(features.dtype)[:, :, None, None]
+        drawn = canvas.draw(torch.arange(7, device=DEVICE), moved, sample.k)
+    torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-4)
+    assert float((drawn - sample.images).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("output", ["image", "change"])
 @pytest.mark.parametrize("skips", [False, True])
 def test_the_losses_of_a_step_are_those_of_their_formulas(skips: bool, output: str) -> None:
@@ -518,6 +542,8 @@ def test_the_losses_of_a_step_are_those_of_their_formulas(skips: bool, output: s
         maps = torch.cat([features + (wanted - latents).float()[:, :, None, None], features])
         cams = (clf.cam(maps, each.repeat(2)) for each in (sample.source, sample.target))
         prior = activation_prior(*cams, sample.k.repeat(2), (0.4, 0.7))  # that of k, for both images
+        if output == "change":  # what is subtracted is drawn under the same one
+            prior = prior[:7].repeat(2, 1, 1)
         assert 0 < float(prior.mean()) < 1
         if skips:
             prepared = [each.repeat(2, 1, 1, 1) for each in own.decoder.prepare(shallow)]
@@ -1212,12 +1238,18 @@ def test_a_decoder_is_used_with_the_shift_that_it_was_trained_with(tmp_path: Pat
     assert finecf.MirrorCFE(clf).shift == "uniform"
     with pytest.raises(ValueError, match='shift="per_cell" needs a reflection'):
         finecf.MirrorCFE(clf, decoder=file, reflection="lbfgs")
+    finecf.MirrorCFE(clf, trained.decoder, shift="per_cell").save(tmp_path / "again.safetensors")
+    assert finecf.MirrorCFE(clf, tmp_path / "again.safetensors").shift == "per_cell"
     x = data(4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pairs that were not trained
         again = finecf.MirrorCFE(clf, decoder=file).explain(x, others(clf, x))
+        wrong = finecf.MirrorCFE(clf, decoder=file, shift="uniform").explain(x, others(clf, x))
+        assert (
+            max(float((a.mirror_image - b.mirror_image).abs().max()) for a, b in zip(again, wrong, strict=True)) > 2e-3
+        )
         for one, two in zip(trained.explain(x, others(clf, x)), again, strict=True):
-            torch.testing.assert_close(one.mirror_image, two.mirror_image, rtol=0, atol=1e-2)  # stored in half
+            torch.testing.assert_close(one.mirror_image, two.mirror_image, rtol=0, atol=1e-3)  # stored in half
 
 
 def test_an_untrained_pair_is_warned_of_or_refused() -> None:

@@ -175,6 +175,8 @@ def test_the_image_range_is_kept(bounds: tuple[Any, Any]) -> None:
         ({"prior": "cam"}, r"prior must be one of activation, contrast; got 'cam'"),
         ({"subpixel": 3}, r"subpixel must be at least 1 and divide the image's sides \[32, 32\]; got 3"),
         ({"subpixel": 0}, "subpixel must be at least 1"),
+        ({"subpixel": 8}, r"subpixel 8 leaves images of \[32, 32\] fewer places than the map has, \[8, 8\]"),
+        ({"prior": "contrast"}, 'prior="contrast" has nothing to mask'),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
