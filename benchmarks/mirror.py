@@ -2,7 +2,7 @@
 
     python benchmarks/mirror.py --on digits [--decoder FILE] [--images N] [--markdown FILE]
     python benchmarks/mirror.py --on fashion --data FOLDER --classifier FILE --decoder FILE
-    python benchmarks/mirror.py --on birds --ablation FOLDER [--steps N]
+    python benchmarks/mirror.py --on birds --ablation FOLDER [--without PART ...] [--steps N]
 
 Held-out images that the classifier recognises, with the other class of their pair as target (birds: the next one of
 the family). Each method is scored at its first image that is called the target, and at its end: k = 1, or PGD driven on
@@ -45,6 +45,12 @@ from finecf.training import mirror_classifier, mirror_data, mirror_recipe, shipp
 
 REFERENCES = 2_000
 """Training images at most, among which the interpolation looks for the nearest of the target class."""
+PARTS: dict[str, dict[str, Any]] = {
+    "triangulation": {"weights": {"triangulation": 0.0}},
+    "feature": {"weights": {"feature": 0.0}},
+    "spatial-prior": {"spatial_prior": False},
+}
+"""What an ablation can leave out, as `train_mirror` is told it."""
 
 
 @dataclass
@@ -219,15 +225,9 @@ def redrawn(
 
 def ablated(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """Decoders with and without each part of the method, trained where their files are not there."""
-    variants: dict[str, dict[str, Any]] = {
-        "all of it": {},
-        "without triangulation": {"weights": {"triangulation": 0.0}},
-        "without feature": {"weights": {"feature": 0.0}},
-    }
-    if options.on == "birds":
-        variants["without spatial prior"] = {"spatial_prior": False}
+    parts = options.without or [part for part in PARTS if part != "spatial-prior" or options.on == "birds"]
     files = []
-    for name, settings in variants.items():
+    for name, settings in {"all of it": {}, **{f"without {part}": PARTS[part] for part in parts}}.items():
         file = options.ablation / f"{options.on} {name}.safetensors".replace(" ", "_")
         if not file.is_file():
             train_mirror(
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ablation", type=Path, metavar="FOLDER", help="where the decoders are, or are to be")
+    parser.add_argument("--without", nargs="+", choices=list(PARTS), help="the parts to leave out in turn")
     parser.add_argument("--steps", type=int, help="of the decoders that are trained; default: the recipe's")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
