@@ -34,10 +34,11 @@ from finecf.explainers import Interrupted, TrainingStopped, _mirror_losses
 from finecf.explainers._mirror_draw import Canvas
 from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interrupted_after
 from finecf.explainers._reflection import GapHead
+from finecf.metrics import redraw_distances
 from finecf.models.checkpoints import load_tensors
 from finecf.models.decoder import MirrorDecoder, activation_prior, shape_of
 from finecf.regions.baseline import gaussian_blur
-from finecf.training import load_digits_net, shipped_decoder
+from finecf.training import load_birds_net, load_digits_net, shipped_decoder
 
 TINY: dict[str, Any] = {
     "steps": 6,
@@ -1178,6 +1179,27 @@ def test_the_decoder_that_ships_leads_between_its_digits() -> None:
     assert sum(float((each.reconstruction - each.prepared).abs().mean()) for each in found) / 24 < 0.1
     assert sum(each.confidence_gap for each in found) / 24 < 0.2
     assert all(float(each.maps["change"].mean()) < 0.3 for each in found)
+
+
+def test_the_decoder_that_ships_changes_the_birds_where_they_differ() -> None:
+    net, meta = load_birds_net()
+    classifier = finecf.wrap(net.to(DEVICE), class_names=meta["classes"])
+    own = finecf.MirrorCFE(classifier, shipped_decoder("birds"), untrained_pairs="refuse")
+    assert own.shift == "per_cell"
+    birds = finecf.data.SyntheticBirds("test", n=40)
+    partner = dict(reversed(own.meta["pairs"]))
+    items = [item for item in birds if item.drawn_label in partner]
+    x = torch.stack([item.tensor for item in items]).to(DEVICE)
+    predicted = classifier.logits(x).argmax(1).tolist()
+    right = [number for number, item in enumerate(items) if predicted[number] == item.drawn_label][:16]
+    assert len(right) == 16
+    goals = torch.tensor([partner[predicted[number]] for number in right])
+    found = own.explain(x[right], goals.tolist(), steps=3)
+    assert sum(each.first_k is not None for each in found) >= 8
+    assert all(torch.equal(each.reconstruction, each.prepared) for each in found)
+    drawn = torch.stack([each.mirror_image for each in found])
+    scores = redraw_distances(birds, [items[number] for number in right], x[right].cpu(), drawn, goals)
+    assert scores.means()["energy"] > 3 * scores.means()["area"]
 
 
 # ---- files
