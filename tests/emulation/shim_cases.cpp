@@ -192,9 +192,11 @@ __global__ void shift_too_far(unsigned* out) { out[threadIdx.x] = 1u << threadId
 __global__ void overflow(int* out) { out[threadIdx.x] = 0x7ffffff0 + static_cast<int>(threadIdx.x); }
 
 __global__ void endless_stack(int* out) {
-  volatile char room[128 * 1024];
-  room[0] = 1;
-  out[threadIdx.x] = room[0];
+  // Every page is used, from the top: a single write at the far end can land behind the guard page, in another stack.
+  constexpr int kSize = 128 * 1024;
+  volatile char room[kSize];
+  for (int i = kSize - 1; i >= 0; i -= 1024) room[i] = 1;
+  out[threadIdx.x] = room[kSize - 1];
 }
 
 template <typename T>
