@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sizes
+from emulation.unmapped import unmapped_entry
 
 VERSIONS = ["naive", "fast"]
 TYPES = [np.uint8, np.bool_, np.int8, np.uint16, np.float16, np.float32, np.uint32, np.int64, np.float64, np.complex64]
@@ -141,12 +142,12 @@ def test_masks(emulated: ModuleType, size: sizes.Regions, insert: bool) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_bad_image_is_an_error_that_says_where(emulated: ModuleType, version: str) -> None:
     p = composition(3, 2, 3, 7, 9, 6)
-    p["image"][1] = 10_000_000
+    p["image"][1] = unmapped_entry(p["image"])
     where = r"kernel compose_\w+, block .*, thread .*: access to .* outside every array"
     with pytest.raises(RuntimeError, match=where):
         compose(emulated, p, complement=False, version=version)
     masks = masking(3, 2, 3, 7, 9)
-    masks["image"][1] = 10_000_000
+    masks["image"][1] = unmapped_entry(masks["image"])
     with pytest.raises(RuntimeError, match=r"kernel mask_ranks, block .*, thread .*: access to .* outside every array"):
         emulated.rank_masks(*masks.values(), True, emulated.Plan())
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sizes
 from emulation import float64
+from emulation.unmapped import unmapped_entry
 
 VERSIONS = ["naive", "fast"]
 CONFIDENCES = ["entropy", "evidential"]
@@ -224,7 +225,7 @@ def test_no_rows(emulated: ModuleType, version: str) -> None:
 def test_a_bad_access_is_an_error_that_says_where(emulated: ModuleType, name: str, version: str) -> None:
     p = problem(9, 3, 7, 5)
     p["selected"][:] = True
-    p[name][5] = 100_000_000
+    p[name][5] = unmapped_entry(p[name])
     with pytest.raises(RuntimeError, match=r"kernel score_rows.*, block .*, thread .*: access to .* outside every arr"):
         run(emulated, p, version=version)
     check(emulated, problem(9, 3, 7, 5), version=version)
