@@ -49,8 +49,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "triangulation": {"weights": {"triangulation": 0.0}},
     "feature": {"weights": {"feature": 0.0}},
     "spatial-prior": {"spatial_prior": False},
+    "corrections": {},
 }
-"""What an ablation can leave out, as `train_mirror` is told it."""
+"""What an ablation can leave out, as `train_mirror` is told it. Corrections are left out of the explaining alone."""
+WITHOUT_CORRECTIONS = "without corrections"
 
 
 @dataclass
@@ -225,9 +227,17 @@ def redrawn(
 
 def ablated(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """Decoders with and without each part of the method, trained where their files are not there."""
-    parts = options.without or [part for part in PARTS if part != "spatial-prior" or options.on == "birds"]
-    files = []
+    recipe, unused = mirror_recipe(options.on), set()
+    if options.on != "birds":
+        unused.add("spatial-prior")
+    if not recipe.explainer.get("corrections"):
+        unused.add("corrections")
+    parts = options.without or [part for part in PARTS if part not in unused]
+    files: list[tuple[str, Path]] = []
     for name, settings in {"all of it": {}, **{f"without {part}": PARTS[part] for part in parts}}.items():
+        if name == WITHOUT_CORRECTIONS:
+            files.append((name, files[0][1]))
+            continue
         file = options.ablation / f"{options.on} {name}.safetensors".replace(" ", "_")
         if not file.is_file():
             train_mirror(
@@ -264,7 +274,8 @@ def main() -> None:
     if options.ablation:
         table = Table(f"{options.on}: what the parts are worth", [])
         for name, file in ablated(options):
-            _, table.rows[name] = score(options.on, finecf.MirrorCFE(classifier, file), options)
+            mirror = finecf.MirrorCFE(classifier, file, corrections=0 if name == WITHOUT_CORRECTIONS else None)
+            _, table.rows[name] = score(options.on, mirror, options)
         table.columns = list(next(iter(table.rows.values())))
         tables.append(table)
     else:

@@ -1,15 +1,17 @@
 """SMDL on SyntheticBirds: the four searches, and how early the parts that tell two kinds apart are covered.
 
-    python benchmarks/synthetic_smdl.py [--images 100] [--data-seed N] [--threads N] [--markdown FILE]
+    python benchmarks/synthetic_smdl.py [--images 100] [--data-seed N] [--wider F ...] [--threads N] [--markdown FILE]
 
 Half of the images are classified correctly, half are mistakes inside a family (target: the true class). What is removed
-shows the mean colour of the images, in the search and in the evaluator alike.
+shows the mean colour of the images, in the search and in the evaluator alike. With --wider: the window search alone,
+with its windows F times as wide, against greedy.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 
 import finecf
 from finecf.data import SyntheticBirds
+from finecf.explainers import _subset
 from finecf.metrics import area_before, grad_cam, insertion_deletion, paired_bootstrap
 from finecf.metrics.evaluate import INSIDE, find_mistakes
 from finecf.metrics.tables import Table
@@ -33,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--data-seed", type=int, default=0)
+    parser.add_argument("--wider", type=float, nargs="+", metavar="F")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
@@ -56,30 +60,39 @@ def main() -> None:
     differ = Table("each search minus greedy, 95 % paired bootstrap", ["insertion", "deletion"])
     maps: dict[str, Tensor] = {}
     areas: dict[str, tuple[list[float], list[float]]] = {}
-    for search in SEARCHES:
+    runs = [(search, search, 1.0) for search in SEARCHES]
+    if arguments.wider:
+        wider = [(f"window, {factor:g} times as wide", "window", factor) for factor in arguments.wider]
+        runs = [("greedy", "greedy", 1.0), *wider]
+    usual = dict(_subset.WINDOW)
+    for name, search, factor in runs:
+        _subset.WINDOW.update({phase: (factor * one, factor * both) for phase, (one, both) in usual.items()})
         explainer = finecf.SMDL(clf, search=search, baseline=colour)
         explainer.explain(images[:1], int(target[0]), regions=labels[:1])  # warm; chooses the micro-batch
         started = time.perf_counter()
         results = explainer.explain(images, target, regions=labels)
         seconds = time.perf_counter() - started
-        maps[search] = torch.stack([each.maps["saliency"] for each in results]).float()
-        curves = insertion_deletion(clf, images, maps[search], target, baseline=colour)
-        areas[search] = curves.insertion_auc[:, 0].tolist(), curves.deletion_auc[:, 0].tolist()
+        maps[name] = torch.stack([each.maps["saliency"] for each in results]).float()
+        curves = insertion_deletion(clf, images, maps[name], target, baseline=colour)
+        areas[name] = curves.insertion_auc[:, 0].tolist(), curves.deletion_auc[:, 0].tolist()
         row: dict[str, Any] = {
             "images": fmean(each.evaluations for each in results),
             "seconds": seconds / len(results),
-            "insertion": fmean(areas[search][0]),
-            "deletion": fmean(areas[search][1]),
+            "insertion": fmean(areas[name][0]),
+            "deletion": fmean(areas[name][1]),
             "best F": fmean(float(each.total.max()) for each in results),
             "grown gains": fmean(each.violation_rate or 0.0 for each in results),
         }
         row["share of greedy's"] = row["images"] / table.rows["greedy"]["images"] if table.rows else 1.0
-        table.rows[search] = row
+        table.rows[name] = row
         if search != "greedy":
-            differ.rows[search] = {
-                name: paired_bootstrap(areas[search][k], areas["greedy"][k])
-                for k, name in enumerate(("insertion", "deletion"))
+            differ.rows[name] = {
+                column: paired_bootstrap(areas[name][k], areas["greedy"][k])
+                for k, column in enumerate(("insertion", "deletion"))
             }
+    if arguments.wider:
+        _show([table, differ], arguments.markdown)
+        return
 
     parts = torch.from_numpy(np.stack([each.item.mask(each.visible) for each in mistakes]))
     birds = torch.from_numpy(np.stack([item.part_map > 0 for item in items]))
@@ -110,10 +123,14 @@ def main() -> None:
         closer.rows[name] = {
             column: paired_bootstrap(own[k], other[k]) for k, column in enumerate(("differing parts", "object"))
         }
-    for shown in (table, differ, early, closer):
+    _show([table, differ, early, closer], arguments.markdown)
+
+
+def _show(tables: Sequence[Table], markdown: Path | None) -> None:
+    for shown in tables:
         rich.print(shown.rich())
-    if arguments.markdown:
-        arguments.markdown.write_text("\n".join(each.markdown() for each in (table, differ, early, closer)))
+    if markdown:
+        markdown.write_text("\n".join(each.markdown() for each in tables))
 
 
 def _early(map_parts: Tensor, map_birds: Tensor, parts: Tensor, birds: Tensor, right: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ METHODS = ("fgvce", "smdl", "mirror")
 OPTIONS_OF = {
     "fgvce": ("preset", "max_edits", "minimal"),
     "smdl": ("regions", "region_count", "search", "max_regions", "baseline"),
-    "mirror": ("decoder", "steps", "reflection"),
+    "mirror": ("decoder", "steps", "reflection", "corrections"),
 }
 """The options of `explain` that only one method has."""
 EVALUATE_IMAGES = 20_000
@@ -176,6 +176,10 @@ def explain(
         int, typer.Option(min=2, help="mirror: images from k = 0 to k = 1; the figure shows some, the animation all.")
     ] = MIRROR_STEPS,
     reflection: Annotated[str, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}.")] = "closed_form",
+    corrections: Annotated[
+        int | None,
+        typer.Option(min=0, help="mirror: how often to draw what is left of the way; default: as the decoder says."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,
@@ -223,7 +227,7 @@ def explain(
         if all_mistakes:
             mistakes = _mistakes(classifier, images, chosen, names)
     elif method == "mirror":
-        explainer = _mirror(classifier, decoder, size, reflection)
+        explainer = _mirror(classifier, decoder, size, reflection, corrections)
         intro = _about_mirror()
         if all_mistakes:
             mistakes = _mistakes(classifier, images, chosen, names)
@@ -814,9 +818,12 @@ def _check_method(method: str, context: typer.Context) -> None:
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to --method {other}; got --method {method}")
 
 
-def _mirror(classifier: Classifier, decoder: Path | None, size: int, reflection: str) -> MirrorCFE:
+def _mirror(
+    classifier: Classifier, decoder: Path | None, size: int, reflection: str, corrections: int | None
+) -> MirrorCFE:
     """The explainer with the decoder of that file, else with the shipped one for this model."""
-    explainer = MirrorCFE(classifier, decoder or _shipped_for(classifier), reflection=reflection)
+    file = decoder or _shipped_for(classifier)
+    explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)
     assert explainer.decoder is not None
     _, height, width = explainer.decoder.shape.image
     if (height, width) != (size, size):

@@ -275,8 +275,12 @@ def test_mirror_draws_the_way_to_the_true_class(folder: Path, monkeypatch: pytes
     assert "<script" not in page
 
     image = ("--image", folder / "data" / "red" / "0.png", "--target", "green")
-    code, output, (row,) = mirror(folder, *image, *decoder, "--reflection", "two_class")
+    code, output, (row,) = mirror(folder, *image, *decoder, "--reflection", "two_class", "--corrections", 2, "--save")
     assert code == 0, output
+    assert {finecf.load(path).corrections for path in out.glob("*.safetensors")} == {
+        0,
+        2,
+    }  # and those of the run before
     assert "What would it have to look like to be green?" in output
     assert (row["asked"], row["taken for"]) == ("green", "red")
     (path,) = out.glob("*.gif")  # those of the run before are gone

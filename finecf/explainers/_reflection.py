@@ -162,16 +162,27 @@ def linear_flip(logits: Tensor, slope: Tensor, target: Tensor) -> Tensor:
     return torch.where(never | (flip > 1) | (flip >= upper), math.nan, flip)
 
 
-def shifted_maps(
-    features: Tensor, reflected: Reflected, k: Tensor, unit: Tensor | None, margins: Tensor | None
+def map_steps(
+    head: GapHead,
+    reflected: Reflected,
+    features: Tensor,
+    source: Tensor,
+    target: Tensor,
+    shift: str = "uniform",
+    reflection: str = "closed_form",
 ) -> Tensor:
-    """Maps f_k [B,D,H,W] whose means are z_k, for one k per image [B].
-
-    Every cell moves by k (z_r - z); or, with `unit` float64 [B,D] (z_r - z per unit of margin) and `margins` float64
-    [B,H,W] (each cell's own l_s - l_t), every cell is mirrored by itself.
+    """f_1 - f_0 of maps [B,D,H,W], whose mean is z_r - z: float64 [B,D,1,1] where `shift` is "uniform" and every cell
+    moves by that, [B,D,H,W] where it is "per_cell" and every cell is mirrored by itself.
     """
-    if unit is None or margins is None:
-        shift = (k[:, None] * reflected.step)[:, :, None, None]
-    else:
-        shift = (k[:, None] * unit)[:, :, None, None] * margins[:, None]
-    return features + shift.to(features.dtype)
+    if shift == "uniform":
+        return reflected.step[:, :, None, None]
+    assert head.weight is not None
+    assert head.bias is not None
+    normal, offset = head.weight[source] - head.weight[target], head.bias[source] - head.bias[target]
+    margins = torch.einsum("bd,bdhw->bhw", normal, features.double()) + offset[:, None, None]
+    return head.directions(source, target, reflection)[:, :, None, None] * margins[:, None]
+
+
+def shifted_maps(features: Tensor, steps: Tensor, k: Tensor) -> Tensor:
+    """Maps f_k [B,D,H,W] whose means are z_k, for `map_steps` and one k per image [B]."""
+    return features + (k[:, None, None, None] * steps).to(features.dtype)

@@ -493,6 +493,7 @@ class MirrorExplanation(Explanation):
             drawn from them. Where both agree the images are faithful.
         latent_error: float64 [K]: mean absolute difference between the latents and those of the drawn images.
         residual: largest difference, at k = 1, between the latent's logits and the swapped ones.
+        corrections, correction_blur: those of the `MirrorCFE`.
     """
 
     kind: ClassVar[str] = "mirror"
@@ -512,6 +513,8 @@ class MirrorExplanation(Explanation):
     image_logits: Tensor
     latent_error: Tensor
     residual: float
+    corrections: int = 0
+    correction_blur: float = 0.0
 
     def _outcome(self) -> str:
         return (

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finecf.explainers._mirror_draw import Canvas, places_of
+from finecf.explainers._reflection import shifted_maps
 from finecf.metrics._inputs import ImageRange, as_bounds, as_classes, as_images, checked_logits, rows_per_batch
 from finecf.models import Classifier
 
@@ -337,8 +338,8 @@ class _Line:
     def at(self, rows: Tensor, k: float) -> tuple[Tensor, Tensor]:
         """Images of some rows, and their logits."""
         features = self.canvas.features[rows]
-        maps = features + (k * self.delta[rows]).to(features.dtype)
-        images = self.canvas.draw(rows, maps, maps.new_full((len(rows),), k))
+        places = torch.full((len(rows),), k, dtype=torch.float64, device=features.device)
+        images = self.canvas.draw(rows, shifted_maps(features, self.delta[rows], places), places)
         return images, self.canvas.classifier.logits(images).double()
 
     def first(self, resolution: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import finecf
 from finecf.explainers import Interrupted, TrainingStopped, _mirror_losses
-from finecf.explainers._mirror_draw import Canvas
+from finecf.explainers._mirror_draw import Reading, remaining
 from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interrupted_after
 from finecf.explainers._reflection import GapHead
 from finecf.metrics import redraw_distances
 from finecf.models.checkpoints import load_tensors
-from finecf.models.decoder import MirrorDecoder, activation_prior, shape_of
+from finecf.models.decoder import MirrorDecoder, Shape, activation_prior, shape_of
 from finecf.regions.baseline import gaussian_blur
 from finecf.training import load_birds_net, load_digits_net, shipped_decoder
 
@@ -48,7 +49,7 @@ TINY: dict[str, Any] = {
 }
 PAIRS = [(0, 1), (1, 2)]
 EVERYTHING: dict[str, Any] = {"skips": True, "augment": 1, "blend": 0.3, "noise": 0.1, "warm_up": 4}
-EVERYTHING |= {"blur": 1.0, "unsure": 3.0, "conditional": True}
+EVERYTHING |= {"blur": 1.0, "unsure": 3.0, "conditional": True, "corrections": 3}
 """What makes a step harder to repeat."""
 CHANGE: dict[str, Any] = {
     "skips": True,
@@ -368,6 +369,7 @@ def trainer(skips: bool = False, drawn: dict[str, Any] | None = None, **options:
         "unsure": 0.0,
         "conditional": False,
         "blur": 0.0,
+        "corrections": 0,
     }
     head = GapHead.linear(classifier.model.fc.weight, classifier.model.fc.bias)
     with torch.random.fork_rng(devices=[]):
@@ -512,21 +514,37 @@ def test_the_weights_rise_in_the_second_half_of_the_warm_up() -> None:
     assert ["adversarial" in each for each in losses] == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize("corrections", [0, 2])
+@pytest.mark.parametrize("shift", ["uniform", "per_cell"])
 @pytest.mark.parametrize("prior", ["activation", "contrast"])
-def test_training_draws_what_explaining_draws(prior: str) -> None:
-    own = trainer(True, {"output": "change", "prior": prior})
+def test_training_draws_what_explaining_draws(prior: str, shift: str, corrections: int) -> None:
+    own = trainer(True, {"output": "change", "prior": prior}, shift=shift)
     own.decoder.eval()
     nn.init.normal_(own.decoder.to_image.weight, std=30.0)  # an untrained decoder hardly sees what it is given
-    sample = own.draw(0)
+    sample = own.draw(0)._replace(corrections=corrections)
+    predicted = own.classifier.logits(sample.images).argmax(1)
     with torch.no_grad():
-        *skips, features = own.classifier.pyramid(sample.images)
-        found = own.head.reflect(features.mean((2, 3)), sample.source, sample.target, "closed_form")
-        trained, _ = own._decode_pair(features, skips, found, sample)
-        canvas = Canvas.of(own.classifier, own.decoder, sample.images, features, sample.source, sample.target, skips)
-        moved = features + (sample.k[:, None] * found.step).to(features.dtype)[:, :, None, None]
-        drawn = canvas.draw(torch.arange(7, device=DEVICE), moved, sample.k)
+        read = Reading.of(own.classifier, own.decoder, sample.images)
+        found = own.head.reflect(read.features.mean((2, 3)), sample.source, sample.target, "closed_form")
+        logits = own.head.logits(found.start + sample.k[:, None] * found.step)
+        trained, _ = own._decode_pair(own._source_of(sample, read, found, logits), sample)
+        mirror = finecf.MirrorCFE(own.classifier, own.decoder, shift=shift, corrections=corrections)
+        drawing = mirror._drawing(own.decoder, sample.images, sample.target.tolist(), predicted.tolist(), 0)
+        drawn, _, _ = drawing.at(torch.arange(7, device=DEVICE), sample.k)
+    assert torch.equal(predicted, sample.source)
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-4)
     assert float((drawn - sample.images).abs().max()) > 1e-3
+
+
+def test_a_step_draws_how_often_it_corrects() -> None:
+    plain, own = trainer(), trainer(corrections=2, warm_up=3)
+    samples = [own.draw(step) for step in range(40)]
+    assert {sample.corrections for sample in samples[:3]} == {0}
+    assert {sample.corrections for sample in samples[3:]} == {0, 1, 2}
+    assert all(plain.draw(step).corrections == 0 for step in range(6))
+    for step in (0, 7):  # all else is drawn as without
+        for one, two in zip(plain.draw(step)[:6], samples[step][:6], strict=True):
+            assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("output", ["image", "change"])
@@ -794,6 +812,7 @@ def test_pairs_by_name_by_index_and_in_any_order() -> None:
         ({"augment": -1}, ValueError, r"augment is a number of pixels, at least 0; got -1"),
         ({"blend": 0.5}, ValueError, r"must lie in \[0, 0\.5\); got 0\.5"),
         ({"warm_up": -1}, ValueError, r"warm_up is a number of steps, at least 0; got -1"),
+        ({"corrections": -1}, ValueError, r"corrections is a number, at least 0; got -1"),
         ({"noise": -0.1}, ValueError, r"noise is a standard deviation, at least 0; got -0\.1"),
         ({"blur": -0.1}, ValueError, r"blur is a standard deviation in pixels, at least 0; got -0\.1"),
         ({"unsure": math.inf}, ValueError, "unsure is a number of at least 0; got inf"),
@@ -1246,6 +1265,110 @@ def test_a_fitted_decoder_comes_back_from_its_file(tmp_path: Path) -> None:
         finecf.MirrorCFE(wrapped(seed=1), out)
     with pytest.raises(ValueError, match=r"there is no decoder to save: fit one first"):
         finecf.MirrorCFE(wrapped()).save(tmp_path / "none.safetensors")
+
+
+# ---- corrections
+
+
+class Part(nn.Module):
+    """Draws a share of what a map has moved by, where the map is the image itself."""
+
+    changes, masks, skips = True, False, False
+
+    def __init__(self, share: float, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.share, self.shape = share, Shape(size, size, ())
+        self.low, self.high = torch.full((1, size[0], 1, 1), -9.0), torch.full((1, size[0], 1, 1), 9.0)
+
+    def prepare(self, skips: Sequence[Tensor]) -> list[Tensor]:
+        return []
+
+    def forward(self, features: Tensor, *_: object) -> Tensor:
+        return self.share * features
+
+    def shown(self, image: Tensor, moved: Tensor, start: Tensor, prior: Tensor | None = None) -> Tensor:
+        assert prior is None
+        return image + moved - start
+
+
+def corrected(corrections: int, blur: float = 0.0, shift: str = "uniform", share: float = 0.4) -> Any:
+    """Margins of images, of the latents they should have, and what the images are, at k = 0, 0.25, ... 1."""
+    torch.manual_seed(3)
+    layers = {"map": nn.Identity(), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(3, 4)}
+    classifier = finecf.wrap(nn.Sequential(OrderedDict(layers)).to(DEVICE).eval(), layer="map")
+    x = torch.rand(5, 3, 6, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    decoder = Part(share, (3, 6, 7)).to(DEVICE)
+    settings: dict[str, Any] = {"shift": shift, "corrections": corrections, "correction_blur": blur}
+    mirror = finecf.MirrorCFE(classifier, **settings)
+    mirror.decoder = decoder  # type: ignore[assignment]
+    mirror.meta = {}
+    wanted = (classifier.logits(x).argmax(1) + 1) % 4
+    found = mirror.explain(x, wanted, steps=5)
+    said, goal = (
+        torch.stack([logits[:, each.origin] - logits[:, each.target] for each, logits in zip(found, own, strict=True)])
+        for own in ([each.image_logits for each in found], [each.latent_logits for each in found])
+    )
+    return said.double(), goal.double(), found, classifier
+
+
+@pytest.mark.parametrize("shift", ["uniform", "per_cell"])
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+def test_each_correction_draws_what_is_left_of_the_way(corrections: int, shift: str) -> None:
+    """A decoder that draws 40 % of what it is told leaves 60 %, then 36 %, and so on."""
+    said, goal, found, _ = corrected(corrections, shift=shift)
+    left = (said - goal) / (goal[:, :1] - goal[:, -1:]) / found[0].k
+    torch.testing.assert_close(left[:, 1:], torch.full_like(left[:, 1:], 0.6 ** (corrections + 1)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(said[:, 0], goal[:, 0], rtol=0, atol=1e-5)
+    assert [each.first_k is not None for each in found] == [
+        corrections > 0
+    ] * 5  # 40 % of the way is before the boundary
+
+
+def test_a_decoder_that_draws_too_much_is_brought_back() -> None:
+    said, goal, _, _ = corrected(4, share=1.5)
+    torch.testing.assert_close(said, goal, rtol=0, atol=0.07 * float(goal.abs().max()))
+
+
+def test_no_correction_is_longer_than_the_whole_way() -> None:
+    far = torch.tensor([5.0, -5.0, 1.0, 2.0])
+    got = remaining(far, torch.zeros(4, dtype=torch.float64), torch.tensor([2.0, 2.0, 2.0, 0.0]).double())
+    assert got.tolist() == [1.0, -1.0, 0.5, 0.0]
+
+
+def test_a_corrected_blur_is_corrected_for_half() -> None:
+    """The mean of the margins of the image and of the blurred one is what comes to the wanted one."""
+    said, goal, found, classifier = corrected(12, blur=1.5, shift="per_cell", share=0.7)
+    blurred = torch.stack([classifier.logits(gaussian_blur(each.images.to(DEVICE), 1.5)).cpu() for each in found])
+    margin = torch.stack([row[:, e.origin] - row[:, e.target] for row, e in zip(blurred, found, strict=True)])
+    torch.testing.assert_close((said + margin) / 2, goal, rtol=0, atol=1e-3 * float(goal.abs().max()))
+    assert float((said - goal).abs().max()) > 3e-3 * float(goal.abs().max())
+    assert found[0].evaluations == (5 + 2 + round((found[0].first_k - 0.5) / 0.02)) * 25
+
+
+def test_a_decoder_is_used_with_the_corrections_of_its_file(tmp_path: Path) -> None:
+    trained, _ = fitted()
+    assert (trained.corrections, trained.correction_blur) == (0, 0.0)
+    clf, file = trained.classifier, tmp_path / "d.safetensors"
+    finecf.MirrorCFE(clf, trained.decoder, corrections=2, correction_blur=0.5).save(file)
+    again = finecf.MirrorCFE(clf, file)
+    assert (again.corrections, again.correction_blur) == (2, 0.5)
+    plain = finecf.MirrorCFE(clf, file, corrections=0, correction_blur=0)
+    assert (plain.corrections, plain.correction_blur) == (0, 0.0)
+    again.save(tmp_path / "second.safetensors")
+    assert finecf.MirrorCFE(clf, tmp_path / "second.safetensors").corrections == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corrections": -1}, r"corrections is a number of at least 0; got -1"),
+        ({"correction_blur": -0.5}, r"correction_blur is a standard deviation in pixels, at least 0; got -0\.5"),
+        ({"correction_blur": math.nan}, r"correction_blur is a standard deviation in pixels, at least 0; got nan"),
+    ],
+)
+def test_bad_corrections_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        finecf.MirrorCFE(wrapped(), **options)
 
 
 # ---- bad input to explain

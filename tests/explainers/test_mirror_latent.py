@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import finecf
-from finecf.explainers._reflection import BEYOND, REFLECTIONS, GapHead, Reflected, linear_flip, shifted_maps
+from finecf.explainers._reflection import BEYOND, REFLECTIONS, GapHead, Reflected, linear_flip, map_steps, shifted_maps
 from finecf.models.decoder import PRIOR_RANGE, activation_prior, contrast_prior
 from finecf.training import load_birds_net, load_digits_net
 
@@ -155,16 +155,11 @@ def test_both_shifts_have_the_moved_latent_as_their_mean(reflection: str, cells:
     found = head.reflect(maps.mean((2, 3)), source, target, reflection)
     k = torch.tensor([0.0, 0.3, 0.5, 0.8, 1.0], dtype=torch.float64, device=DEVICE)
     wanted = found.start + k[:, None] * found.step
-    uniform = shifted_maps(maps, found, k, None, None)
+    uniform = shifted_maps(maps, map_steps(head, found, maps, source, target, "uniform", reflection), k)
     torch.testing.assert_close(uniform.mean((2, 3)), wanted)
     torch.testing.assert_close(uniform - uniform.mean((2, 3), keepdim=True), maps - maps.mean((2, 3), keepdim=True))
-    unit, margins = cell_parts(head, maps, source, target, reflection)
-    torch.testing.assert_close(shifted_maps(maps, found, k, unit, margins).mean((2, 3)), wanted)
-
-
-def cell_parts(head: GapHead, maps: Tensor, source: Tensor, target: Tensor, reflection: str) -> tuple[Tensor, Tensor]:
-    logits = torch.einsum("cd,bdhw->bhwc", head.weight, maps) + head.bias
-    return head.directions(source, target, reflection), -margin(logits, source, target)
+    steps = map_steps(head, found, maps, source, target, "per_cell", reflection)
+    torch.testing.assert_close(shifted_maps(maps, steps, k).mean((2, 3)), wanted)
 
 
 @pytest.mark.parametrize("reflection", ["closed_form", "two_class"])
@@ -173,8 +168,8 @@ def test_cells_mirrored_by_themselves_have_the_mirrored_mean(reflection: str) ->
     head, _, source, target = problem(5, 4, 6)
     maps = normal(5, 6, 3, 4, seed=9)
     found = head.reflect(maps.mean((2, 3)), source, target, reflection)
-    unit, margins = cell_parts(head, maps, source, target, reflection)
-    whole = shifted_maps(maps, found, maps.new_ones(5), unit, margins)
+    steps = map_steps(head, found, maps, source, target, "per_cell", reflection)
+    whole = shifted_maps(maps, steps, maps.new_ones(5))
     for row in range(5):
         cells = maps[row].flatten(1).T
         own = head.reflect(cells, source[row].expand(12), target[row].expand(12), reflection)
