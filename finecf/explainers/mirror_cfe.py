@@ -627,7 +627,7 @@ class MirrorCFE:
         drawing = self._drawing(decoder, x, targets, origins, number)
         path = self._path(drawing.head, drawing.reflected, drawing.canvas.source, drawing.canvas.target, k, x.dtype)
         strip, strip_logits, strip_latents = [], [], []
-        rows = torch.arange(len(x), device=x.device)
+        rows, still = torch.arange(len(x), device=x.device), int((k == 0).sum())
         for each in k:
             image, features, logits = drawing.at(rows, each.expand(len(x)))
             strip.append(image)
@@ -663,7 +663,7 @@ class MirrorCFE:
                             "change": (chosen - blank[b]).abs().mean(0),
                         }
                     ),
-                    evaluations=(len(k) + 2 + drawn[b]) * drawing.evaluations,
+                    evaluations=still + 1 + (len(k) - still + 1 + drawn[b]) * drawing.evaluations,
                     seconds=seconds,
                     seed=None,
                     versions=versions() | {"device": str(x.device)},
@@ -789,18 +789,19 @@ class _Drawing:
 
     @property
     def evaluations(self) -> int:
-        """Images that the classifier sees for one drawn image."""
+        """Images that the classifier sees for one image that is drawn at k > 0."""
         return 1 + self.corrections * (2 if self.blur else 1)
 
     def at(self, rows: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images of some rows at their k [n], and the map and logits that the classifier makes of them."""
         classifier, steps = self.canvas.classifier, self.steps[rows]
         images = self.canvas.draw(rows, shifted_maps(self.canvas.features[rows], steps, k), k)
-        if self.corrections:
+        wanted = self.corrections if bool(k.any()) else 0  # at k = 0 nothing was to be moved
+        if wanted:
             named = self.canvas.source[rows], self.canvas.target[rows]
             start, step = self.reflected.start[rows], self.reflected.step[rows]
             before, goal, end = (margins(self.head.logits(start + part * step), *named) for part in (0, k[:, None], 1))
-        for _ in range(self.corrections):
+        for _ in range(wanted):
             read = Reading.of(classifier, self.canvas.decoder, images)
             said = margins(read.logits, *named)
             if self.blur:
