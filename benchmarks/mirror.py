@@ -8,7 +8,8 @@ Held-out images that the classifier recognises, with the other class of their pa
 the family). Each method is scored at its first image that is called the target, and at its end: k = 1, or PGD driven on
 until source and target have swapped their logits' distance. "denoised": after a Gaussian blur of sigma 1, kernel 7.
 Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD, which has
-none, that of Mirror-CFE at k = 1.
+none, that of Mirror-CFE at k = 1. The interpolation has no margin to be corrected by; "without corrections", among what
+--ablation leaves out, is Mirror-CFE drawn once.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts.
 """
@@ -227,12 +228,7 @@ def redrawn(
 
 def ablated(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """Decoders with and without each part of the method, trained where their files are not there."""
-    recipe, unused = mirror_recipe(options.on), set()
-    if options.on != "birds":
-        unused.add("spatial-prior")
-    if not recipe.explainer.get("corrections"):
-        unused.add("corrections")
-    parts = options.without or [part for part in PARTS if part not in unused]
+    parts = options.without or [part for part in PARTS if part != "spatial-prior" or options.on == "birds"]
     files: list[tuple[str, Path]] = []
     for name, settings in {"all of it": {}, **{f"without {part}": PARTS[part] for part in parts}}.items():
         if name == WITHOUT_CORRECTIONS:
@@ -262,6 +258,8 @@ def main() -> None:
     parser.add_argument("--classifier", type=Path, help="the classifier's file, for fashion")
     parser.add_argument("--data", type=Path, help="where fashion_mnist.npz is")
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--corrections", type=int, default=2)
+    parser.add_argument("--correction-blur", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ablation", type=Path, metavar="FOLDER", help="where the decoders are, or are to be")
     parser.add_argument("--without", nargs="+", choices=list(PARTS), help="the parts to leave out in turn")
@@ -274,13 +272,18 @@ def main() -> None:
     if options.ablation:
         table = Table(f"{options.on}: what the parts are worth", [])
         for name, file in ablated(options):
-            mirror = finecf.MirrorCFE(classifier, file, corrections=0 if name == WITHOUT_CORRECTIONS else None)
+            mirror = finecf.MirrorCFE(
+                classifier, file, corrections=0 if name == WITHOUT_CORRECTIONS else options.corrections
+            )
             _, table.rows[name] = score(options.on, mirror, options)
         table.columns = list(next(iter(table.rows.values())))
         tables.append(table)
     else:
         file = options.decoder or shipped_decoder(options.on)
-        tables, _ = score(options.on, finecf.MirrorCFE(classifier, file), options)
+        mirror = finecf.MirrorCFE(
+            classifier, file, corrections=options.corrections, correction_blur=options.correction_blur
+        )
+        tables, _ = score(options.on, mirror, options)
     for table in tables:
         rich.print(table.rich())
     if options.markdown is not None:

@@ -177,9 +177,8 @@ def explain(
     ] = MIRROR_STEPS,
     reflection: Annotated[str, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}.")] = "closed_form",
     corrections: Annotated[
-        int | None,
-        typer.Option(min=0, help="mirror: how often to draw what is left of the way; default: as the decoder says."),
-    ] = None,
+        int, typer.Option(min=0, help="mirror: how often to draw an image anew, further by what it is short of.")
+    ] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,
@@ -818,9 +817,7 @@ def _check_method(method: str, context: typer.Context) -> None:
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to --method {other}; got --method {method}")
 
 
-def _mirror(
-    classifier: Classifier, decoder: Path | None, size: int, reflection: str, corrections: int | None
-) -> MirrorCFE:
+def _mirror(classifier: Classifier, decoder: Path | None, size: int, reflection: str, corrections: int) -> MirrorCFE:
     """The explainer with the decoder of that file, else with the shipped one for this model."""
     file = decoder or _shipped_for(classifier)
     explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)

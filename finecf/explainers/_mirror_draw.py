@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +13,6 @@ from finecf.models import Classifier
 from finecf.models.decoder import MirrorDecoder, activation_prior, contrast_prior
 
 Steps = int | Sequence[float] | Tensor
-
-
-class Reading(NamedTuple):
-    """What the classifier makes of images."""
-
-    skips: list[Tensor]
-    """Shallower maps, shallow first; empty where the decoder reads none."""
-    features: Tensor
-    """[B,D,h,w]."""
-    logits: Tensor
-    """[B,C]."""
-
-    @staticmethod
-    def of(classifier: Classifier, decoder: MirrorDecoder, images: Tensor) -> Reading:
-        """Read images as the decoder needs them; gradients flow where they are enabled."""
-        if not decoder.shape.skips:
-            return Reading([], *classifier.features_and_logits(images))
-        *skips, features = classifier.pyramid(images)
-        return Reading(skips, features, classifier.logits_from(features))
 
 
 def remaining(said: Tensor, wanted: Tensor, whole: Tensor) -> Tensor:
@@ -56,8 +36,7 @@ class Canvas:
     """Source images [B,Ch,H,W] with all that drawing them with other maps needs.
 
     `features` [B,D,h,w] are the maps of the images themselves, `skips` their shallower ones, and `prepared` what the
-    decoder's editors made of these; `source` and `target` int64 [B]. `first` [B,D,h,w] are the maps that the spatial
-    prior compares: those of the images that all began with, where these were drawn themselves.
+    decoder's editors made of these; `source` and `target` int64 [B].
     """
 
     classifier: Classifier
@@ -68,7 +47,6 @@ class Canvas:
     target: Tensor
     skips: list[Tensor]
     prepared: list[Tensor]
-    first: Tensor
 
     @staticmethod
     def of(
@@ -81,39 +59,23 @@ class Canvas:
         skips: Sequence[Tensor],
     ) -> Canvas:
         """Prepare the images."""
-        prepared = decoder.prepare(skips)
-        return Canvas(classifier, decoder, images, features, source, target, list(skips), prepared, features)
-
-    def over(self, rows: Tensor, images: Tensor, read: Reading) -> Canvas:
-        """What was drawn of some rows, to be drawn over."""
-        prepared = self.decoder.prepare(read.skips)
-        classes = self.source[rows], self.target[rows]
-        return replace(
-            self,
-            images=images,
-            features=read.features,
-            source=classes[0],
-            target=classes[1],
-            skips=read.skips,
-            prepared=prepared,
-            first=self.first[rows],
-        )
+        return Canvas(classifier, decoder, images, features, source, target, list(skips), decoder.prepare(skips))
 
     def draw(self, rows: Tensor, maps: Tensor, k: Tensor) -> Tensor:
         """Images of some rows with maps [n,D,h,w] that were moved by k [n]."""
         start, prior = self.features[rows], None
         if self.decoder.masks:
             classes = self.source[rows], self.target[rows]
-            prior = prior_of(self.classifier, self.decoder, self.first[rows], maps, *classes, k.to(maps.dtype))
+            prior = prior_of(self.classifier, self.decoder, start, maps, *classes, k.to(maps.dtype))
         skips, prepared = ([each[rows] for each in several] for several in (self.skips, self.prepared))
         drawn = self.decoder(maps, skips, prepared, prior)
         if not self.decoder.changes:
             return drawn
-        still = self.decoder(start, skips, prepared, prior) if self.decoder.skips else self._still[rows]
-        return self.decoder.shown(self.images[rows], drawn, still, prior)
+        first = self.decoder(start, skips, prepared, prior) if self.decoder.skips else self._first[rows]
+        return self.decoder.shown(self.images[rows], drawn, first, prior)
 
     @cached_property
-    def _still(self) -> Tensor:
+    def _first(self) -> Tensor:
         """What is drawn of the images' own maps; with skips it depends on k."""
         drawn: Tensor = self.decoder(self.features)
         return drawn

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from finecf.explainers import _mirror_losses as losses
-from finecf.explainers._mirror_draw import Reading, margins, prior_of, remaining
-from finecf.explainers._reflection import GapHead, Reflected, map_steps, shifted_maps
+from finecf.explainers._mirror_draw import prior_of
+from finecf.explainers._reflection import GapHead, map_steps, shifted_maps
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors, save_tensors
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, PatchDiscriminator
@@ -73,7 +73,6 @@ class Recipe:
     unsure: float
     conditional: bool
     blur: float
-    corrections: int
 
     def weight_of(self, loss: str, step: int) -> float:
         """A loss's weight at a step: all but the reconstruction rise from 0 in the second half of the warm-up."""
@@ -95,8 +94,6 @@ class Recipe:
             raise ValueError(f"unsure is a number of at least 0; got {self.unsure}")
         if not 0 <= self.blur < math.inf:
             raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {self.blur}")
-        if self.corrections < 0:
-            raise ValueError(f"corrections is a number, at least 0; got {self.corrections}")
         if self.warm_up < 0:
             raise ValueError(f"warm_up is a number of steps, at least 0; got {self.warm_up}")
         if self.augment < 0:
@@ -234,24 +231,11 @@ class Sample(NamedTuple):
     """What is added to the drawn images before the classifier sees them, [B,Ch,H,W] or a zero."""
     sigma: float
     """By how much every second one is blurred then."""
-    corrections: int
-    """How often the images are drawn, encoded and corrected before the drawing that is learnt from."""
 
     def seen(self, images: Tensor) -> Tensor:
         """The drawn images as the classifier sees them."""
         images = images + self.noise
         return blur_every_second(images, self.sigma, 1) if self.sigma else images
-
-
-class _Source(NamedTuple):
-    """Images that are drawn from, and where to."""
-
-    images: Tensor
-    read: Reading
-    moved: Tensor
-    """The map to draw, [B,D,h,w]."""
-    first: Tensor
-    """The map of the training images themselves, which the spatial prior compares."""
 
 
 @dataclass
@@ -345,11 +329,7 @@ class Trainer:
             other = images[torch.randperm(count, generator=draws)]
             images = torch.lerp(images, other, share.to(images)[:, None, None, None])
         sigma = self.recipe.blur * float(torch.rand((), generator=draws)) if self.recipe.blur else 0.0
-        corrections = 0
-        if self.recipe.corrections and step >= self.recipe.warm_up:
-            corrections = int(torch.randint(self.recipe.corrections + 1, (), generator=draws))
-        classes = source.to(device), target.to(device)
-        return Sample(images, shown, *classes, k.to(device), noise.to(device), sigma, corrections)
+        return Sample(images, shown, source.to(device), target.to(device), k.to(device), noise.to(device), sigma)
 
     def _order(self, draws: torch.Generator) -> Tensor:
         """The order of the sources in an epoch; with `unsure`, drawn with replacement."""
@@ -369,16 +349,17 @@ class Trainer:
             optimiser.param_groups[0]["lr"] = rate
         with self.classifier.frozen():
             with torch.no_grad():
-                read = Reading.of(self.classifier, self.decoder, sample.images)
-                latents = read.features.mean((2, 3))
+                maps = [each.detach() for each in self._pyramid(sample.images)]
+                features = maps[-1]
+                latents = features.mean((2, 3))
                 reference_latents = self.classifier.encode(sample.references)[0].mean((2, 3))
                 # What an image shows is the source class, also where moving the image changed the prediction.
                 reflected = self.head.reflect(latents, sample.source, sample.target, recipe.reflection)
                 wanted = (reflected.start + sample.k[:, None] * reflected.step).to(latents.dtype)
                 latent_logits = self.head.logits(wanted.double()).to(latents.dtype)
-                source = self._source_of(sample, read, reflected, latent_logits)
+            skips = maps[: len(self.decoder.shape.skips)]
             with self._precision():
-                moved, start = self._decode_pair(source, sample)
+                moved, start = self._decode_pair(features, skips, reflected, sample)
                 real_scores = drawn_scores = None
                 shown = torch.where(sample.k >= 0.5, sample.target, sample.source)
                 if weights["adversarial"]:
@@ -391,7 +372,7 @@ class Trainer:
             encoded = encoded_map.mean((2, 3))
             terms = {
                 "classification": losses.classification(image_logits, latent_logits, recipe.kl_order),
-                "reconstruction": losses.reconstruction(source.images, start),
+                "reconstruction": losses.reconstruction(sample.images, start),
                 "feature": losses.feature(wanted, encoded),
                 "triangulation": losses.triangulation(
                     losses.distance_ratio(wanted, reference_latents, latents),
@@ -412,43 +393,31 @@ class Trainer:
         self.whole = True
         return named
 
-    def _source_of(self, sample: Sample, read: Reading, reflected: Reflected, wanted: Tensor) -> _Source:
-        """What is to be drawn from: the images of the sample, or, as often as it says, what was drawn of these with
-        the way that it is short of. `wanted`: the logits at k, [B,C].
-        """
-        named = sample.source, sample.target
-        steps = map_steps(self.head, reflected, read.features, *named, self.recipe.shift, self.recipe.reflection)
-        source = _Source(sample.images, read, shifted_maps(read.features, steps, sample.k), read.features)
-        goal, start = margins(wanted, *named), margins(reflected.logits, *named)
-        whole = start - margins(self.head.logits(reflected.start + reflected.step), *named)
-        for _ in range(sample.corrections):
-            with self._precision():
-                images, _ = self._decode_pair(source, sample)
-            if not bool(torch.isfinite(images).all()):
-                break  # a loss will be named
-            again = Reading.of(self.classifier, self.decoder, images)
-            short = remaining(margins(again.logits, *named), goal, whole)
-            source = _Source(images, again, shifted_maps(again.features, steps, short), read.features)
-        return source
-
-    def _decode_pair(self, source: _Source, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _decode_pair(
+        self, features: Tensor, skips: list[Tensor], reflected: Any, sample: Sample
+    ) -> tuple[Tensor, Tensor]:
         """The images at k and what is drawn at 0: one batch, so that batch norms see both.
 
         The image at 0 is drawn under the prior of k, so that the editor learns to leave alone what it may change (O).
         """
-        features, skips = source.read.features, source.read.skips
-        maps = torch.cat([source.moved, features])
+        classes, recipe = (sample.source, sample.target), self.recipe
+        steps = map_steps(self.head, reflected, features, *classes, recipe.shift, recipe.reflection)
+        moved = shifted_maps(features, steps, sample.k)
+        maps = torch.cat([moved, features])
         prior = both = None
         if self.decoder.masks:
             named = sample.source, sample.target, sample.k.to(features.dtype)
-            prior = prior_of(self.classifier, self.decoder, source.first, source.moved, *named)
+            prior = prior_of(self.classifier, self.decoder, features, moved, *named)
             # What is subtracted is drawn as what it is subtracted from.
             own = prior if self.decoder.changes else prior_of(self.classifier, self.decoder, features, features, *named)
             both = torch.cat([prior, own])
         prepared = [torch.cat([each, each]) for each in self.decoder.prepare(skips)]
         images = self._decode(maps, [torch.cat([each, each]) for each in skips], prepared, both).float()
         drawn, start = images.chunk(2)
-        return self.decoder.shown(source.images, drawn, start, prior), start
+        return self.decoder.shown(sample.images, drawn, start, prior), start
+
+    def _pyramid(self, images: Tensor) -> list[Tensor]:
+        return self.classifier.pyramid(images) if self.decoder.shape.skips else [self.classifier.encode(images)[0]]
 
     def _descend(self, which: str, total: Tensor, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():

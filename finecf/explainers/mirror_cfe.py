@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finecf.explainers import _mirror_fit as fitting
 from finecf.explainers._memory import budget_for, checked_micro_batch
-from finecf.explainers._mirror_draw import Canvas, Reading, Steps, margins, places_of, remaining
+from finecf.explainers._mirror_draw import Canvas, Steps, margins, places_of, remaining
 from finecf.explainers._reflection import (
     REFLECTIONS,
     GapHead,
@@ -41,6 +41,8 @@ from finecf.regions.baseline import gaussian_blur
 SHIFTS: Final = ("uniform", "per_cell")
 UNTRAINED: Final = ("warn", "refuse")
 
+_FURTHEST: Final = 2.0
+"""Corrections draw from no further along than twice the way."""
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
 
 Target = int | str | Tensor | Sequence[int | str]
@@ -125,12 +127,12 @@ class MirrorCFE:
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
             the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
             that is no file, and where there is none yet.
-        corrections: how often a drawn image is encoded again, and the part of the way that its own margin l_s - l_t is
-            short of drawn over it (O): the loop is closed, and the images keep to the latents more nearly. None: as the
-            decoder's file says; 0 for a decoder that is no file. Each costs another forward of decoder and classifier.
-        correction_blur: standard deviation in pixels: the margin is the mean of that of the drawn image and of the
-            image so blurred, so that what is found withstands a blur as well (O); 0: of the image alone. None: as the
-            file says, else 0.
+        corrections: how often an image at k > 0 is drawn anew, from further along the way by what the margin l_s - l_t
+            of the image is short of that of its latent (O); 0: never (P). Each costs a forward of decoder and
+            classifier. Only the margin comes nearer; a latent may be missed in other directions as before.
+        correction_blur: standard deviation in pixels: the margin is the mean of that of the image and of the image so
+            blurred, so that what is found withstands a blur (O), at another forward of the classifier; 0: of the image
+            alone.
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
         resolution: in how fine steps of k the first counterfactual image is looked for.
         micro_batch: images decoded at a time; None: 32, or 256 on CUDA.
@@ -150,8 +152,8 @@ class MirrorCFE:
         *,
         reflection: str = "closed_form",
         shift: str | None = None,
-        corrections: int | None = None,
-        correction_blur: float | None = None,
+        corrections: int = 2,
+        correction_blur: float = 0.0,
         untrained_pairs: str = "warn",
         resolution: float = 0.02,
         micro_batch: int | None = None,
@@ -163,13 +165,14 @@ class MirrorCFE:
         self.reflection = one_of("reflection", reflection, REFLECTIONS)
         self.shift = "uniform" if shift is None else one_of("shift", shift, SHIFTS)
         self.untrained_pairs = one_of("untrained_pairs", untrained_pairs, UNTRAINED)
-        if corrections is not None and corrections < 0:
-            raise ValueError(f"corrections is a number of at least 0; got {corrections}")
-        if correction_blur is not None and not 0 <= correction_blur < math.inf:
+        if not isinstance(corrections, int) or corrections < 0:
+            raise ValueError(f"corrections is a whole number of at least 0; got {corrections}")
+        if not 0 <= correction_blur < math.inf:
             raise ValueError(f"correction_blur is a standard deviation in pixels, at least 0; got {correction_blur}")
         if not 0 < resolution <= 0.5:
             raise ValueError(f"resolution is a step of k and must lie in (0, 0.5]; got {resolution}")
         self.resolution = resolution
+        self.corrections, self.correction_blur = corrections, float(correction_blur)
         self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(classifier.device.type, 32)
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
@@ -184,10 +187,6 @@ class MirrorCFE:
             self._load(decoder)
             if shift is None:
                 self.shift = self.meta.get("recipe", self.meta).get("shift", "uniform")
-        self.corrections = int(self.meta.get("corrections", 0) if corrections is None else corrections)
-        self.correction_blur = float(
-            self.meta.get("correction_blur", 0.0) if correction_blur is None else correction_blur
-        )
         if self.shift == "per_cell" and reflection == "lbfgs":
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
 
@@ -353,7 +352,6 @@ class MirrorCFE:
         noise: float = 0.0,
         blur: float = 0.0,
         unsure: float = 0.0,
-        corrections: int = 0,
         seed: int = 0,
         precision: str = "float32",
         compile: bool = False,
@@ -393,9 +391,6 @@ class MirrorCFE:
                 sees it, so that its class survives one (O).
             unsure: how much more often images are drawn of which the classifier is unsure: with a weight of
                 1 + `unsure` (1 - confidence); they are where a small error of the image turns the prediction (O).
-            corrections: largest number of times that images are drawn, encoded and corrected before the drawing that a
-                step learns from, once warmed up; each step draws its own number, from 0. It should be at least 1 where
-                the explainer corrects a decoder of large images (O).
             blend: largest share of another image that is blended into every second one, so that the decoder sees
                 latents of little confidence as held-out images have them (O).
             seed: everything drawn depends on it and on the number of the step.
@@ -448,7 +443,6 @@ class MirrorCFE:
             unsure=unsure,
             conditional=conditional,
             blur=blur,
-            corrections=corrections,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -514,8 +508,7 @@ class MirrorCFE:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
         if self.decoder is None:
             raise ValueError("there is no decoder to save: fit one first")
-        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, **self.meta}
-        meta |= {"corrections": self.corrections, "correction_blur": self.correction_blur, **more}
+        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, **self.meta, **more}
         save_decoder(path, self.decoder, meta)
 
     def _load(self, path: str | os.PathLike[str]) -> None:
@@ -692,7 +685,12 @@ class MirrorCFE:
     def _drawing(
         self, decoder: MirrorDecoder, x: Tensor, targets: list[int], origins: list[int] | None, number: int
     ) -> _Drawing:
-        skips, features, logits = Reading.of(self.classifier, decoder, x)
+        if decoder.shape.skips:
+            *skips, features = self.classifier.pyramid(x)
+            logits = self.classifier.logits_from(features)
+        else:
+            skips = []
+            features, logits = self.classifier.features_and_logits(x)
         if tuple(features.shape[1:]) != decoder.shape.features:
             raise ValueError(
                 f"the decoder reads maps {list(decoder.shape.features)} and the classifier gives "
@@ -703,6 +701,8 @@ class MirrorCFE:
         reflected = head.reflect(features.mean((2, 3)), own, wanted, self.reflection)
         self._check_pairs(own, wanted)
         moves = map_steps(head, reflected, features, own, wanted, self.shift, self.reflection)
+        if self.shift == "per_cell":  # a map for each image: half the memory will do
+            moves = moves.to(features.dtype)
         canvas = Canvas.of(self.classifier, decoder, x, features, own, wanted, skips)
         return _Drawing(canvas, head, logits, reflected, moves, self.corrections, self.correction_blur)
 
@@ -794,23 +794,29 @@ class _Drawing:
 
     def at(self, rows: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images of some rows at their k [n], and the map and logits that the classifier makes of them."""
-        classifier, steps = self.canvas.classifier, self.steps[rows]
-        images = self.canvas.draw(rows, shifted_maps(self.canvas.features[rows], steps, k), k)
-        wanted = self.corrections if bool(k.any()) else 0  # at k = 0 nothing was to be moved
-        if wanted:
-            named = self.canvas.source[rows], self.canvas.target[rows]
-            start, step = self.reflected.start[rows], self.reflected.step[rows]
-            before, goal, end = (margins(self.head.logits(start + part * step), *named) for part in (0, k[:, None], 1))
-        for _ in range(wanted):
-            read = Reading.of(classifier, self.canvas.decoder, images)
-            said = margins(read.logits, *named)
+        drawn, features, logits = self._draw(rows, k, k)
+        if not self.corrections or not bool(k.any()):
+            return drawn, features, logits
+        start, step = self.reflected.start[rows], self.reflected.step[rows]
+        before, goal, end = (self._margins(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
+        way = k
+        for _ in range(self.corrections):
+            said = self._margins(rows, logits)
             if self.blur:
-                blurred = classifier.logits(gaussian_blur(images, self.blur))
-                said = (said + margins(blurred, *named)) / 2
-            moved = shifted_maps(read.features, steps, remaining(said, goal, before - end))
-            canvas = self.canvas.over(rows, images, read)
-            images = canvas.draw(torch.arange(len(rows), device=rows.device), moved, k)
-        return images, *classifier.features_and_logits(images)
+                blurred = self.canvas.classifier.logits(gaussian_blur(drawn, self.blur))
+                said = (said + self._margins(rows, blurred)) / 2
+            way = torch.where(k == 0, 0.0, (way + remaining(said, goal, before - end)).clamp(0, _FURTHEST))
+            drawn, features, logits = self._draw(rows, way, k)
+        return drawn, features, logits
+
+    def _draw(self, rows: Tensor, way: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `at`, of maps that moved that part of the way [n]."""
+        moved = shifted_maps(self.canvas.features[rows], self.steps[rows], way)
+        images = self.canvas.draw(rows, moved, k)
+        return images, *self.canvas.classifier.features_and_logits(images)
+
+    def _margins(self, rows: Tensor, logits: Tensor) -> Tensor:
+        return margins(logits, self.canvas.source[rows], self.canvas.target[rows])
 
 
 @contextmanager

@@ -490,7 +490,8 @@ class MirrorExplanation(Explanation):
         mirror_image, mirror_valid: the image at k = 1, and whether the classifier calls it the target.
         latent_first_k: where the latent becomes a counterfactual; None: nowhere.
         latent_logits, image_logits: float64 [K,C]: what the head says of the latents, and the classifier of the images
-            drawn from them. Where both agree the images are faithful.
+            drawn from them. Where both agree the images are faithful; corrections bring the margin of the two classes
+            nearer by construction, and `latent_error` shows the rest.
         latent_error: float64 [K]: mean absolute difference between the latents and those of the drawn images.
         residual: largest difference, at k = 1, between the latent's logits and the swapped ones.
         corrections, correction_blur: those of the `MirrorCFE`.

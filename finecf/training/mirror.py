@@ -35,12 +35,12 @@ class MirrorRecipe:
     Attributes:
         pairs: classes that are trained together.
         settings: arguments of `MirrorCFE.fit`.
-        explainer: arguments of `MirrorCFE`, which the decoder's file keeps.
+        shift: that of `MirrorCFE`.
     """
 
     pairs: tuple[Pair, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    explainer: dict[str, Any] = field(default_factory=dict)
+    shift: str = "uniform"
 
 
 DIGIT_PAIRS: Final = ((3, 8), (4, 9), (5, 6))
@@ -103,8 +103,7 @@ def mirror_recipe(on: str) -> MirrorRecipe:
         weights |= {"reconstruction": 4.0, "classification": 3.0}
         seen = {"augment": 1, "blend": 0.45, "unsure": 8.0}
         settings = {"steps": 10_000, "warm_up": 500, "kl_order": "latent", "weights": weights, **seen}
-        explainer = {"corrections": 2, "correction_blur": 1.0}
-        return MirrorRecipe(FASHION_PAIRS, {**settings, "decoder": {"output": "change"}}, explainer)
+        return MirrorRecipe(FASHION_PAIRS, {**settings, "decoder": {"output": "change"}})
     # Look-alikes differ in a few cells: the change is kept to those, and every cell is mirrored by itself.
     decoder = {"width": 16, "most": 96, "inner": 64, "subpixel": 2, "pooled": True, "output": "change"}
     decoder |= {"prior": "contrast", "prior_range": (0.25, 0.5)}
@@ -113,7 +112,7 @@ def mirror_recipe(on: str) -> MirrorRecipe:
     # What two pictures differ in is mostly their background, and the triangulation loss would have the bird follow it.
     weights = {"classification": 2.0, "reconstruction": 3.0, "feature": 0.05, "triangulation": 0.05, "adversarial": 0.5}
     pairs = bird_pairs(SyntheticBirds("test", n=1))
-    return MirrorRecipe(pairs, {**settings, "decoder": decoder, "weights": weights}, {"shift": "per_cell"})
+    return MirrorRecipe(pairs, {**settings, "decoder": decoder, "weights": weights}, shift="per_cell")
 
 
 def train_mirror(
@@ -167,7 +166,7 @@ def train_mirror(
         if steps is not None:
             settings["steps"] = steps
         pictures, labels = mirror_data(on, "train", wrapped, data, images)
-        mirror = MirrorCFE(wrapped, progress=progress, **recipe.explainer)
+        mirror = MirrorCFE(wrapped, shift=recipe.shift, progress=progress)
         preview = None
         if previews is not None:
             preview = _previews(Path(previews), *mirror_data(on, "test", wrapped, data, 40), recipe.pairs)
