@@ -18,17 +18,12 @@ Steps = int | Sequence[float] | Tensor
 def remaining(said: Tensor, wanted: Tensor, whole: Tensor) -> Tensor:
     """The part of the way that images are short of, as k in [-1,1]: float64 [B].
 
-    `said` and `wanted` are margins l_s - l_t [B] of drawn images and of the latents that they were drawn from; `whole`
-    is by how much the margin falls from k = 0 to 1. No correction is longer than the whole way.
+    `said` and `wanted` [B,q]: how far the target's logit is behind others', of drawn images and of the latents that
+    they were drawn from; the largest shortage counts. `whole` [B,1]: by how much more it is behind the source's at
+    k = 0 than at 1. No correction is longer than the whole way.
     """
-    short = (said.double() - wanted) / whole
-    return torch.where(whole == 0, 0.0, short).clamp(-1, 1)
-
-
-def margins(logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """l_s - l_t of logits [B,C], float64 [B]."""
-    pair = logits.double().gather(1, torch.stack([source, target], 1))
-    return pair[:, 0] - pair[:, 1]
+    short = ((said - wanted) / whole).amax(1)
+    return torch.where(whole[:, 0] == 0, 0.0, short).clamp(-1, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finecf.explainers import _mirror_fit as fitting
 from finecf.explainers._memory import budget_for, checked_micro_batch
-from finecf.explainers._mirror_draw import Canvas, Steps, margins, places_of, remaining
+from finecf.explainers._mirror_draw import Canvas, Steps, places_of, remaining
 from finecf.explainers._reflection import (
     REFLECTIONS,
     GapHead,
@@ -127,10 +127,10 @@ class MirrorCFE:
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
             the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
             that is no file, and where there is none yet.
-        corrections: how often an image at k > 0 is drawn anew, from further along the way by what the margin l_s - l_t
-            of the image is short of that of its latent (O); 0: never (P). Each costs a forward of decoder and
-            classifier. Only the margin comes nearer; a latent may be missed in other directions as before.
-        correction_blur: standard deviation in pixels: the margin is the mean of that of the image and of the image so
+        corrections: how often an image at k > 0 is drawn anew, from further along the way by what it is short of: how
+            far its target is behind the source, or the best other class, against what its latent says (O); 0: never
+            (P). Each costs a forward of decoder and classifier. A latent may be missed in other directions as before.
+        correction_blur: standard deviation in pixels: what is measured is the mean of the image and of the image so
             blurred, so that what is found withstands a blur (O), at another forward of the classifier; 0: of the image
             alone.
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
@@ -798,14 +798,15 @@ class _Drawing:
         if not self.corrections or not bool(k.any()):
             return drawn, features, logits
         start, step = self.reflected.start[rows], self.reflected.step[rows]
-        before, goal, end = (self._margins(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
+        before, goal, end = (self._behind(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
+        whole = (before - end)[:, :1]
         way = k
         for _ in range(self.corrections):
-            said = self._margins(rows, logits)
+            said = self._behind(rows, logits)
             if self.blur:
                 blurred = self.canvas.classifier.logits(gaussian_blur(drawn, self.blur))
-                said = (said + self._margins(rows, blurred)) / 2
-            way = torch.where(k == 0, 0.0, (way + remaining(said, goal, before - end)).clamp(0, _FURTHEST))
+                said = (said + self._behind(rows, blurred)) / 2
+            way = torch.where(k == 0, 0.0, (way + remaining(said, goal, whole)).clamp(0, _FURTHEST))
             drawn, features, logits = self._draw(rows, way, k)
         return drawn, features, logits
 
@@ -815,8 +816,12 @@ class _Drawing:
         images = self.canvas.draw(rows, moved, k)
         return images, *self.canvas.classifier.features_and_logits(images)
 
-    def _margins(self, rows: Tensor, logits: Tensor) -> Tensor:
-        return margins(logits, self.canvas.source[rows], self.canvas.target[rows])
+    def _behind(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """How far the target is behind the source, and behind the best of all other classes: float64 [n,2]."""
+        source, target = self.canvas.source[rows][:, None], self.canvas.target[rows][:, None]
+        logits = logits.double()
+        best = logits.scatter(1, target, -math.inf).amax(1, keepdim=True)
+        return torch.cat([logits.gather(1, source), best], 1) - logits.gather(1, target)
 
 
 @contextmanager
