@@ -131,6 +131,13 @@ def test_frames_tell_the_sides_apart() -> None:
     assert shown == pytest.approx([i / 10 for i in range(11)], abs=1e-6)
 
 
+@pytest.mark.parametrize(("corrections", "times"), [(0, None), (1, "once"), (2, "2 times")])
+def test_the_figure_says_how_often_images_were_corrected(corrections: int, times: str | None) -> None:
+    said = " ".join(" ".join(words(found(corrections=corrections))).split())
+    assert (f"What an image was short of was corrected {times}, by drawing it anew." in said) == (times is not None)
+    assert ("corrected" in said) == (times is not None)
+
+
 def test_a_long_path_is_shown_in_part_and_in_order() -> None:
     steps = [1.0, 0.0, 0.5, *torch.linspace(0.01, 0.99, 38, dtype=torch.float64).tolist()]
     result = found(0.553, steps=steps)
