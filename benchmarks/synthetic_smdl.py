@@ -10,6 +10,7 @@ with its windows F times as wide, against greedy.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,37 +61,34 @@ def main() -> None:
     differ = Table("each search minus greedy, 95 % paired bootstrap", ["insertion", "deletion"])
     maps: dict[str, Tensor] = {}
     areas: dict[str, tuple[list[float], list[float]]] = {}
-    runs = [(search, search, 1.0) for search in SEARCHES]
-    if arguments.wider:
-        wider = [(f"window, {factor:g} times as wide", "window", factor) for factor in arguments.wider]
-        runs = [("greedy", "greedy", 1.0), *wider]
-    usual = dict(_subset.WINDOW)
-    for name, search, factor in runs:
-        _subset.WINDOW.update({phase: (factor * one, factor * both) for phase, (one, both) in usual.items()})
-        explainer = finecf.SMDL(clf, search=search, baseline=colour)
+    factors = {f"window, {factor:g} times as wide": factor for factor in arguments.wider or ()}
+    for search in ("greedy", *factors) if factors else SEARCHES:
+        if search in factors:
+            _subset.SEARCHES["window"] = functools.partial(_subset.window, wider=factors[search])
+        explainer = finecf.SMDL(clf, search="window" if search in factors else search, baseline=colour)
         explainer.explain(images[:1], int(target[0]), regions=labels[:1])  # warm; chooses the micro-batch
         started = time.perf_counter()
         results = explainer.explain(images, target, regions=labels)
         seconds = time.perf_counter() - started
-        maps[name] = torch.stack([each.maps["saliency"] for each in results]).float()
-        curves = insertion_deletion(clf, images, maps[name], target, baseline=colour)
-        areas[name] = curves.insertion_auc[:, 0].tolist(), curves.deletion_auc[:, 0].tolist()
+        maps[search] = torch.stack([each.maps["saliency"] for each in results]).float()
+        curves = insertion_deletion(clf, images, maps[search], target, baseline=colour)
+        areas[search] = curves.insertion_auc[:, 0].tolist(), curves.deletion_auc[:, 0].tolist()
         row: dict[str, Any] = {
             "images": fmean(each.evaluations for each in results),
             "seconds": seconds / len(results),
-            "insertion": fmean(areas[name][0]),
-            "deletion": fmean(areas[name][1]),
+            "insertion": fmean(areas[search][0]),
+            "deletion": fmean(areas[search][1]),
             "best F": fmean(float(each.total.max()) for each in results),
             "grown gains": fmean(each.violation_rate or 0.0 for each in results),
         }
         row["share of greedy's"] = row["images"] / table.rows["greedy"]["images"] if table.rows else 1.0
-        table.rows[name] = row
+        table.rows[search] = row
         if search != "greedy":
-            differ.rows[name] = {
-                column: paired_bootstrap(areas[name][k], areas["greedy"][k])
+            differ.rows[search] = {
+                column: paired_bootstrap(areas[search][k], areas["greedy"][k])
                 for k, column in enumerate(("insertion", "deletion"))
             }
-    if arguments.wider:
+    if factors:
         _show([table, differ], arguments.markdown)
         return
 

@@ -299,12 +299,13 @@ ONE_SIDED = 4.0
 """Where the kept images tell the candidates apart by so many times more than the removed ones, they alone are run."""
 
 
-def window(trace: Trace) -> Search:
+def window(trace: Trace, wider: float = 1.0) -> Search:
     """Greedy over a window of the most promising candidates of each step (the pruning is PhaseWin's idea).
 
     The window holds the candidates whose guessed scores (`_surrogate.py`; ours) are the highest. Where the guess says
     that the candidates hardly differ with the regions removed, twice as many are scored with the regions kept alone,
     and only the best of them both ways. Where the head does not fold there is no guess, and phases stand in.
+    `wider`: how many times as many candidates as usual are scored.
     """
     problem = trace.problem
     guesser = problem.guesser
@@ -318,7 +319,7 @@ def window(trace: Trace) -> Search:
         if trace.order:
             guess = guesser.guess(chosen, trace.open)
             ranked = (guess.kept_hope + guess.removed_hope).argsort(descending=True, stable=True)
-            wide, both = _widths(len(trace.order), problem.regions)
+            wide, both = _widths(len(trace.order), problem.regions, wider)
             top = ranked[:wide]
             told_apart, told_removed = (
                 float(part[top].max() - part[top].min() + (hope - part)[top].mean())
@@ -343,10 +344,10 @@ def window(trace: Trace) -> Search:
         chosen.add(trace.take(answer, answer.best()))
 
 
-def _widths(ranked: int, regions: int) -> tuple[int, int]:
+def _widths(ranked: int, regions: int, wider: float) -> tuple[int, int]:
     phase = "early" if ranked < EARLY * regions else "middle" if ranked < LATE * regions else "late"
     wide, both = WINDOW[phase]
-    return max(2, round(wide * regions)), max(2, round(both * regions))
+    return max(2, round(wider * wide * regions)), max(2, round(wider * both * regions))
 
 
 def phases(trace: Trace, share: float, picks: float) -> Search:
