@@ -19,7 +19,7 @@ test: setup
 	$(BIN)/python scripts/run_tests.py $(TEST_ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow $(TEST_ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
+	$(BIN)/python -m pytest -q -m slow -n 2 $(TEST_ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
 
 # On a machine with a GPU, with the running interpreter and what is installed there: docs/gpu.md.
 gpu-check:

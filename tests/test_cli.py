@@ -255,7 +255,7 @@ def test_mirror_draws_the_way_to_the_true_class(folder: Path, monkeypatch: pytes
     assert code == 0, output
     assert max(map(len, output.split("Report:")[0].splitlines())) <= 80
     assert "images looked at: 18" in output
-    assert "*.gif" in output
+    assert "*.gif" in "".join(output.split())  # a long path may break the line anywhere
     assert {(row["is"], row["taken for"]) for row in rows} == {("blue", "green"), ("green", "red"), ("red", "blue")}
     assert {row["k*"] for row in rows} == {"0.50"}
     out = folder / "out"

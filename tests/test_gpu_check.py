@@ -78,7 +78,7 @@ def test_every_dependency_is_looked_for(check: ModuleType) -> None:
     names = {re.split(r"[><=\[ ]", line)[0] for line in lines}
     programs = {"cmake", "ninja"}  # found as programs
     optional = set(check.OPTIONAL.values())  # what needs them is skipped without them
-    assert names - programs - optional - {"pytest-benchmark"} == set(check.MODULES.values())
+    assert names - programs - optional - {"pytest-benchmark", "pytest-xdist"} == set(check.MODULES.values())
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -1284,10 +1284,11 @@ def corrected(corrections: int, share: float = 0.4, hidden: bool = False, **sett
     """Margins of images and of the latents they are drawn from at k = 0, 0.25, ... 1, both [B,K]; what was found; the
     classifier.
     """
-    torch.manual_seed(3)
-    layers = {"map": nn.Identity(), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(3, 4)}
-    if hidden:
-        layers["fc"] = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        layers = {"map": nn.Identity(), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(3, 4)}
+        if hidden:
+            layers["fc"] = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4))
     classifier = finecf.wrap(nn.Sequential(OrderedDict(layers)).to(DEVICE).eval(), layer="map")
     x = torch.rand(5, 3, 6, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     mirror = finecf.MirrorCFE(classifier, corrections=corrections, **settings)
