@@ -5,6 +5,7 @@ VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
 GPU_ARGS ?=
+CMAKE_ARGS ?=
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export VENV FINECF_CUDA FINECF_CUDA_ARCHS FINECF_BUILD
@@ -40,7 +41,7 @@ format: setup
 # The build as CMake users would run it, apart from setup.py.
 cmake: setup
 	$(BIN)/cmake -S . -B build/standalone -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-		-DFINECF_PYTHON=$(abspath $(BIN))/python -DFINECF_CUDA=$(or $(FINECF_CUDA),auto)
+		-DFINECF_PYTHON=$(abspath $(BIN))/python -DFINECF_CUDA=$(or $(FINECF_CUDA),auto) $(CMAKE_ARGS)
 	$(BIN)/cmake --build build/standalone --parallel 2
 
 setup:
