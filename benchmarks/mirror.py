@@ -29,6 +29,7 @@ from torch import Tensor
 import finecf
 from finecf.data import SyntheticBirds
 from finecf.explainers import MirrorExplanation
+from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.metrics import (
     bootstrap_mean,
     counterfactual_scores,
@@ -286,7 +287,7 @@ def main() -> None:
     parser.add_argument("--classifier", type=Path, help="the classifier's file, for fashion")
     parser.add_argument("--data", type=Path, help="where fashion_mnist.npz is")
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--corrections", type=int, default=2)
+    parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--correction-blur", type=float, default=0.0)
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--threads", type=int, default=1)

@@ -31,6 +31,7 @@ from finecf.data import Digits, ImageFolderDataset, LabelledImages, SyntheticBir
 from finecf.explainers import FGVCE, PRESETS, SMDL, FGVCEExplanation, MirrorCFE
 from finecf.explainers._reflection import REFLECTIONS
 from finecf.explainers.fgvce import MICRO_BATCH
+from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.explainers.smdl import BASELINES, SEARCHES
 from finecf.metrics import area_before, dilate_masks, share_on_mask, visible_parts
 from finecf.metrics.evaluate import Mistake, evaluate_birds, find_mistakes
@@ -177,8 +178,8 @@ def explain(
     ] = MIRROR_STEPS,
     reflection: Annotated[str, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}.")] = "closed_form",
     corrections: Annotated[
-        int, typer.Option(min=0, help="mirror: how often to draw an image anew, further by what it is short of.")
-    ] = 2,
+        int, typer.Option(min=0, help="mirror: how often at most to draw an image anew for what it is short of.")
+    ] = CORRECTIONS,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,

@@ -16,6 +16,7 @@ import finecf
 from finecf import cli
 from finecf.cli import app
 from finecf.explainers import Interrupted
+from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.models.decoder import MirrorDecoder, shape_of
 from finecf.report.run import Run
 
@@ -278,7 +279,7 @@ def test_mirror_draws_the_way_to_the_true_class(folder: Path, monkeypatch: pytes
     code, output, (row,) = mirror(folder, *image, *decoder, "--reflection", "two_class", "--corrections", 1, "--save")
     assert code == 0, output
     used = {finecf.load(path).corrections for path in out.glob("*.safetensors")}
-    assert used == {1, 2}  # 2 by default, in the run before
+    assert used == {1, CORRECTIONS}  # the default, in the run before
     assert "What would it have to look like to be green?" in output
     assert (row["asked"], row["taken for"]) == ("green", "red")
     (path,) = out.glob("*.gif")  # those of the run before are gone

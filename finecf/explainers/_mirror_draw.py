@@ -15,15 +15,16 @@ from finecf.models.decoder import MirrorDecoder, activation_prior, contrast_prio
 Steps = int | Sequence[float] | Tensor
 
 
-def remaining(said: Tensor, wanted: Tensor, whole: Tensor) -> Tensor:
-    """The part of the way that images are short of, as k in [-1,1]: float64 [B].
+def least_change(short: Tensor, slope: Tensor, longest: Tensor) -> Tensor:
+    """The smallest step of maps that makes up, to first order, for what they are short of: [B,D,h,w] (O; the step of
+    DeepFool, Moosavi-Dezfooli et al., CVPR 2016, algorithm 1, in the space of maps).
 
-    `said` and `wanted` [B,q]: how far the target's logit is behind others', of drawn images and of the latents that
-    they were drawn from; the largest shortage counts. `whole` [B,1]: by how much more it is behind the source's at
-    k = 0 than at 1. No correction is longer than the whole way.
+    `short` [B], `slope` [B,D,h,w]: its gradient by the map; `longest` [B]: the largest norm of a step. No step where
+    nothing depends on the map.
     """
-    short = ((said - wanted) / whole).amax(1)
-    return torch.where(whole[:, 0] == 0, 0.0, short).clamp(-1, 1)
+    norm = slope.flatten(1).norm(dim=1).to(short.dtype)
+    length = torch.where(norm > 0, (short / norm).clamp(-longest, longest) / norm, 0.0)
+    return -length[:, None, None, None].to(slope.dtype) * slope
 
 
 @dataclass(frozen=True, eq=False)

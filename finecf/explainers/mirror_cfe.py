@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finecf.explainers import _mirror_fit as fitting
 from finecf.explainers._memory import budget_for, checked_micro_batch
-from finecf.explainers._mirror_draw import Canvas, Steps, places_of, remaining
+from finecf.explainers._mirror_draw import Canvas, Steps, least_change, places_of
 from finecf.explainers._reflection import (
     REFLECTIONS,
     GapHead,
@@ -41,8 +41,12 @@ from finecf.regions.baseline import gaussian_blur
 SHIFTS: Final = ("uniform", "per_cell")
 UNTRAINED: Final = ("warn", "refuse")
 
-_FURTHEST: Final = 2.0
-"""Corrections draw from no further along than twice the way."""
+CORRECTIONS: Final = 8
+"""How often an image is drawn anew at most, unless another number is given."""
+_LONGEST: Final = 0.25
+"""No correction moves a map by more than this share of its whole way."""
+_SETTLED: Final = 0.02
+"""An image that is short of less than this share of the way between its two classes is not corrected."""
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
 
 Target = int | str | Tensor | Sequence[int | str]
@@ -127,9 +131,10 @@ class MirrorCFE:
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
             the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
             that is no file, and where there is none yet.
-        corrections: how often an image at k > 0 is drawn anew, from further along the way by what it is short of: how
-            far its target is behind the source, or the best other class, against what its latent says (O); 0: never
-            (P). Each costs a forward of decoder and classifier. A latent may be missed in other directions as before.
+        corrections: how often at most an image at k > 0 is drawn anew, from a map moved by the least change that makes
+            up for what the image is short of: how far its target is behind the source, or the best other class,
+            against what its latent says (O); 0: never (P). Each costs a forward and a backward of decoder and
+            classifier, and most images need fewer. A latent may be missed in other directions as before.
         correction_blur: standard deviation in pixels: what is measured is the mean of the image and of the image so
             blurred, so that what is found withstands a blur (O), at another forward of the classifier; 0: of the image
             alone.
@@ -152,7 +157,7 @@ class MirrorCFE:
         *,
         reflection: str = "closed_form",
         shift: str | None = None,
-        corrections: int = 2,
+        corrections: int = CORRECTIONS,
         correction_blur: float = 0.0,
         untrained_pairs: str = "warn",
         resolution: float = 0.02,
@@ -620,13 +625,13 @@ class MirrorCFE:
         drawing = self._drawing(decoder, x, targets, origins, number)
         path = self._path(drawing.head, drawing.reflected, drawing.canvas.source, drawing.canvas.target, k, x.dtype)
         strip, strip_logits, strip_latents = [], [], []
-        rows, still = torch.arange(len(x), device=x.device), int((k == 0).sum())
+        rows = torch.arange(len(x), device=x.device)
         for each in k:
             image, features, logits = drawing.at(rows, each.expand(len(x)))
             strip.append(image)
             strip_logits.append(logits.double())
             strip_latents.append(features.mean((2, 3)))
-        first_k, first, first_logits, drawn = self._first(drawing)
+        first_k, first, first_logits = self._first(drawing)
         blank, _, _ = drawing.at(rows, torch.zeros(len(x), dtype=torch.float64, device=x.device))
         mirror, _, mirror_logits = drawing.at(rows, torch.ones(len(x), dtype=torch.float64, device=x.device))
         wanted = path.latents.to(x.dtype)
@@ -656,7 +661,7 @@ class MirrorCFE:
                             "change": (chosen - blank[b]).abs().mean(0),
                         }
                     ),
-                    evaluations=still + 1 + (len(k) - still + 1 + drawn[b]) * drawing.evaluations,
+                    evaluations=1 + int(drawing.counts.seen[b]),
                     seconds=seconds,
                     seed=None,
                     versions=versions() | {"device": str(x.device)},
@@ -704,15 +709,17 @@ class MirrorCFE:
         if self.shift == "per_cell":  # a map for each image: half the memory will do
             moves = moves.to(features.dtype)
         canvas = Canvas.of(self.classifier, decoder, x, features, own, wanted, skips)
-        return _Drawing(canvas, head, logits, reflected, moves, self.corrections, self.correction_blur)
+        counts = _Counts(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        settings = self.corrections, self.correction_blur, self.budget
+        return _Drawing(canvas, head, logits, reflected, moves, *settings, counts)
 
-    def _first(self, drawing: _Drawing) -> tuple[Tensor, list[Tensor], list[Tensor], list[int]]:
-        """The first k beyond 1/2 at which each image is called the target, that image, its logits, images drawn."""
+    def _first(self, drawing: _Drawing) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The first k beyond 1/2 at which each image is called the target, that image, and its logits."""
         count = len(drawing.canvas.source)
         device = drawing.canvas.source.device
         found = torch.full((count,), math.nan, dtype=torch.float64, device=device)
         nothing = drawing.canvas.features.new_empty(0)
-        images, logits, drawn = [nothing] * count, [nothing] * count, [0] * count
+        images, logits = [nothing] * count, [nothing] * count
         open_rows = torch.arange(count, device=device)
         number = math.ceil(0.5 / self.resolution - 1e-9)
         for place in range(1, number + 1):
@@ -720,13 +727,12 @@ class MirrorCFE:
             image, _, said = drawing.at(open_rows, torch.full((len(open_rows),), k, dtype=torch.float64, device=device))
             won = said.argmax(1) == drawing.canvas.target[open_rows]
             for position, row in enumerate(open_rows.tolist()):
-                drawn[row] += 1
                 if won[position]:
                     found[row], images[row], logits[row] = k, image[position], said[position]
             open_rows = open_rows[~won]
             if len(open_rows) == 0:
                 break
-        return found, images, logits, drawn
+        return found, images, logits
 
     def _ready(self) -> MirrorDecoder:
         if self.decoder is None:
@@ -774,6 +780,19 @@ class MirrorCFE:
         return torch.stack([each.maps["change"] for each in found])[:, None]
 
 
+@dataclass
+class _Counts:
+    """What drawing a batch has taken so far.
+
+    Attributes:
+        seen: int64 [B], images that the classifier has seen for each.
+        graph: bytes that the graph of one drawing holds; 0 before the first.
+    """
+
+    seen: Tensor
+    graph: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class _Drawing:
     """A batch of images with all that drawing them at any k needs."""
@@ -786,35 +805,90 @@ class _Drawing:
     """What `map_steps` gave."""
     corrections: int
     blur: float
-
-    @property
-    def evaluations(self) -> int:
-        """Images that the classifier sees for one image that is drawn at k > 0."""
-        return 1 + self.corrections * (2 if self.blur else 1)
+    budget: int
+    """Bytes for the graphs of corrections."""
+    counts: _Counts
 
     def at(self, rows: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images of some rows at their k [n], and the map and logits that the classifier makes of them."""
-        drawn, features, logits = self._draw(rows, k, k)
-        if not self.corrections or not bool(k.any()):
-            return drawn, features, logits
-        start, step = self.reflected.start[rows], self.reflected.step[rows]
-        before, goal, end = (self._behind(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
-        whole = (before - end)[:, :1]
-        way = k
-        for _ in range(self.corrections):
-            said = self._behind(rows, logits)
-            if self.blur:
-                blurred = self.canvas.classifier.logits(gaussian_blur(drawn, self.blur))
-                said = (said + self._behind(rows, blurred)) / 2
-            way = torch.where(k == 0, 0.0, (way + remaining(said, goal, whole)).clamp(0, _FURTHEST))
-            drawn, features, logits = self._draw(rows, way, k)
-        return drawn, features, logits
+        """Images of some rows at their k [n], and the map and logits that the classifier makes of them.
 
-    def _draw(self, rows: Tensor, way: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `at`, of maps that moved that part of the way [n]."""
-        moved = shifted_maps(self.canvas.features[rows], self.steps[rows], way)
-        images = self.canvas.draw(rows, moved, k)
-        return images, *self.canvas.classifier.features_and_logits(images)
+        Where an image is short of what its latent says, its map is moved by the least change that makes up for it, and
+        drawn anew; the drawing that is short of least stays.
+        """
+        start, step = self.reflected.start[rows], self.reflected.step[rows]
+        before, wanted, end = (self._behind(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
+        maps = shifted_maps(self.canvas.features[rows], self.steps[rows], k)
+        images, features, logits, short = self._draw(rows, maps, k, wanted)
+        if not self.corrections:
+            return images, features, logits
+        least = short.abs()
+        settled = torch.where(k == 0, math.inf, _SETTLED * (before - end)[:, 0].abs())
+        longest = _LONGEST * self.steps[rows].expand_as(maps).flatten(1).norm(dim=1).double()
+        open_rows = (least > settled).nonzero()[:, 0]
+        for left in reversed(range(self.corrections + 1)):
+            if len(open_rows) == 0:
+                break
+            own, own_k, own_wanted = rows[open_rows], k[open_rows], wanted[open_rows]
+            if left == self.corrections:  # drawn above, but without its slope
+                short, slope = self._slope(own, maps[open_rows], own_k, own_wanted)[-2:]
+            else:
+                if left:
+                    *again, short, slope = self._slope(own, maps[open_rows], own_k, own_wanted)
+                else:
+                    *again, short = self._draw(own, maps[open_rows], own_k, own_wanted)
+                better = short.abs() < least[open_rows]
+                chosen = open_rows[better]
+                least[chosen] = short.abs()[better]
+                for kept, new in zip((images, features, logits), again, strict=True):
+                    kept[chosen] = new[better].to(kept.dtype)
+            if left:
+                moved = maps[open_rows] + least_change(short, slope, longest[open_rows])
+                still = least[open_rows] > settled[open_rows]
+                maps[open_rows], open_rows = moved, open_rows[still]
+        return images, features, logits
+
+    def _draw(self, rows: Tensor, maps: Tensor, k: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `at`, of these maps [n,D,h,w], and what they are short of: float64 [n]."""
+        images = self.canvas.draw(rows, maps, k)
+        features, logits = self.canvas.classifier.features_and_logits(images)
+        blurred = self.canvas.classifier.logits(gaussian_blur(images, self.blur)) if self.blur else None
+        return images, features, logits, self._short(rows, logits, blurred, wanted)
+
+    def _slope(self, rows: Tensor, maps: Tensor, k: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        """As `_draw`, and the gradient of what they are short of by the maps; as many at once as the budget lets."""
+        if not self.counts.graph:  # the first image tells how large a graph is; what it gives is not used
+            seen = self.counts.seen.clone()
+            with _graph_bytes(self.canvas.classifier.model, self.canvas.decoder) as held:
+                self._slope_at_once(rows[:1], maps[:1], k[:1], wanted[:1])
+            self.counts.graph, self.counts.seen = max(1, sum(held.values())), seen
+        size = max(1, self.budget // self.counts.graph)
+        groups = zip(*(each.split(size) for each in (rows, maps, k, wanted)), strict=True)
+        parts = [self._slope_at_once(*group) for group in groups]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    def _slope_at_once(self, rows: Tensor, maps: Tensor, k: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        classifier = self.canvas.classifier
+        with classifier.frozen():
+            maps = maps.detach().requires_grad_()
+            images = self.canvas.draw(rows, maps, k)
+            features, logits = classifier.encode(images)
+            blurred = classifier.encode(gaussian_blur(images, self.blur))[1] if self.blur else None
+            short = self._short(rows, logits, blurred, wanted)
+            if not short.requires_grad:
+                raise ValueError(
+                    "images are corrected along the classifier's gradient, and this model gives none (frozen by "
+                    "torch.jit, quantised, or run without gradients): corrections=0 draws every image once"
+                )
+            (slope,) = torch.autograd.grad(short.sum(), maps)
+        return *(each.detach() for each in (images, features, logits, short)), slope
+
+    def _short(self, rows: Tensor, logits: Tensor, blurred: Tensor | None, wanted: Tensor) -> Tensor:
+        """By how much more than wanted [n,2] the target is behind source or best other class, whichever is more."""
+        self.counts.seen[rows] += 1 if blurred is None else 2
+        said = self._behind(rows, logits)
+        if blurred is not None:
+            said = (said + self._behind(rows, blurred)) / 2
+        return (said - wanted).amax(1)
 
     def _behind(self, rows: Tensor, logits: Tensor) -> Tensor:
         """How far the target is behind the source, and behind the best of all other classes: float64 [n,2]."""
@@ -822,6 +896,22 @@ class _Drawing:
         logits = logits.double()
         best = logits.scatter(1, target, -math.inf).amax(1, keepdim=True)
         return torch.cat([logits.gather(1, source), best], 1) - logits.gather(1, target)
+
+
+@contextmanager
+def _graph_bytes(*modules: nn.Module) -> Iterator[dict[int, int]]:
+    """The bytes of every storage that graphs hold on to inside, by address, without the modules' own weights."""
+    weights = {each.untyped_storage().data_ptr() for module in modules for each in module.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        yield held
 
 
 @contextmanager

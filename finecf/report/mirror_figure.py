@@ -264,8 +264,8 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
         f"{explanation.residual:.1g} of the swapped ones.",
     ]
     if explanation.corrections:
-        times = "once" if explanation.corrections == 1 else f"{explanation.corrections} times"
-        facts.append(f"What an image was short of was corrected {times}, by drawing it anew.")
+        times = "once" if explanation.corrections == 1 else f"up to {explanation.corrections} times"
+        facts.append(f"What an image was short of was corrected {times}, along the model's gradient.")
     if shown < len(explanation.k):
         facts.append(f"{shown} of the {len(explanation.k)} images that were drawn are shown.")
     return textwrap.wrap(" ".join(facts), LINE_LENGTH)

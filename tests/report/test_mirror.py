@@ -131,10 +131,12 @@ def test_frames_tell_the_sides_apart() -> None:
     assert shown == pytest.approx([i / 10 for i in range(11)], abs=1e-6)
 
 
-@pytest.mark.parametrize(("corrections", "times"), [(0, None), (1, "once"), (2, "2 times")])
+@pytest.mark.parametrize(("corrections", "times"), [(0, None), (1, "once"), (8, "up to 8 times")])
 def test_the_figure_says_how_often_images_were_corrected(corrections: int, times: str | None) -> None:
     said = " ".join(" ".join(words(found(corrections=corrections))).split())
-    assert (f"What an image was short of was corrected {times}, by drawing it anew." in said) == (times is not None)
+    assert (f"What an image was short of was corrected {times}, along the model's gradient." in said) == (
+        times is not None
+    )
     assert ("corrected" in said) == (times is not None)
 
 
