@@ -632,8 +632,16 @@ class MirrorCFE:
             strip_logits.append(logits.double())
             strip_latents.append(features.mean((2, 3)))
         first_k, first, first_logits = self._first(drawing)
-        blank, _, _ = drawing.at(rows, torch.zeros(len(x), dtype=torch.float64, device=x.device))
-        mirror, _, mirror_logits = drawing.at(rows, torch.ones(len(x), dtype=torch.float64, device=x.device))
+        in_strip = {place: number for number, place in enumerate(k.tolist())}
+
+        def drawn_at(place: float) -> tuple[Tensor, Tensor]:
+            if place in in_strip:
+                return strip[in_strip[place]], strip_logits[in_strip[place]]
+            image, _, logits = drawing.at(rows, torch.full((len(x),), place, dtype=torch.float64, device=x.device))
+            return image, logits.double()
+
+        blank, _ = drawn_at(0.0)
+        mirror, mirror_logits = drawn_at(1.0)
         wanted = path.latents.to(x.dtype)
         errors = (torch.stack(strip_latents, 1) - wanted).abs().mean(-1).double()
         seconds = (time.perf_counter() - started) / len(x)
