@@ -20,11 +20,12 @@ def least_change(short: Tensor, slope: Tensor, longest: Tensor) -> Tensor:
     DeepFool, Moosavi-Dezfooli et al., CVPR 2016, algorithm 1, in the space of maps).
 
     `short` [B], `slope` [B,D,h,w]: its gradient by the map; `longest` [B]: the largest norm of a step. No step where
-    nothing depends on the map.
+    nothing depends on the map, or the gradient is not finite.
     """
     norm = slope.flatten(1).norm(dim=1).to(short.dtype)
-    length = torch.where(norm > 0, (short / norm).clamp(-longest, longest) / norm, 0.0)
-    return -length[:, None, None, None].to(slope.dtype) * slope
+    length = (short / norm).clamp(-longest, longest) / norm
+    known = ((norm > 0) & norm.isfinite())[:, None, None, None]
+    return torch.where(known, -length[:, None, None, None].to(slope.dtype) * slope, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +58,16 @@ class Canvas:
         """Prepare the images."""
         return Canvas(classifier, decoder, images, features, source, target, list(skips), decoder.prepare(skips))
 
-    def draw(self, rows: Tensor, maps: Tensor, k: Tensor) -> Tensor:
-        """Images of some rows with maps [n,D,h,w] that were moved by k [n]."""
-        start, prior = self.features[rows], None
-        if self.decoder.masks:
-            classes = self.source[rows], self.target[rows]
-            prior = prior_of(self.classifier, self.decoder, start, maps, *classes, k.to(maps.dtype))
+    def prior(self, rows: Tensor, maps: Tensor, k: Tensor) -> Tensor | None:
+        """The spatial prior [n,h,w] of some rows with maps [n,D,h,w] that were moved by k [n], if there is one."""
+        if not self.decoder.masks:
+            return None
+        classes = self.source[rows], self.target[rows]
+        return prior_of(self.classifier, self.decoder, self.features[rows], maps, *classes, k.to(maps.dtype))
+
+    def draw(self, rows: Tensor, maps: Tensor, prior: Tensor | None) -> Tensor:
+        """Images of some rows with these maps [n,D,h,w] and that prior."""
+        start = self.features[rows]
         skips, prepared = ([each[rows] for each in several] for several in (self.skips, self.prepared))
         drawn = self.decoder(maps, skips, prepared, prior)
         if not self.decoder.changes:

@@ -593,7 +593,13 @@ class MirrorCFE:
         fitting.check_range(x, decoder.low, decoder.high)
         k = places_of("steps", steps, x.device)
         results: list[MirrorExplanation] = []
-        with plain(self.classifier.device), progress_bar(self.progress, len(x)) as advance:
+        # Corrections need gradients, which the user's own inference mode would not give.
+        with (
+            torch.inference_mode(False),
+            plain(self.classifier.device),
+            progress_bar(self.progress, len(x)) as advance,
+        ):
+            x = x.clone() if x.is_inference() else x
             self.classifier.logits(x[:1])  # afterwards the number of classes is known, and targets can be checked
             targets = class_indices(self.classifier, target, len(x))
             origins = None if source is None else class_indices(self.classifier, source, len(x))
@@ -823,62 +829,71 @@ class _Drawing:
         Where an image is short of what its latent says, its map is moved by the least change that makes up for it, and
         drawn anew; the drawing that is short of least stays.
         """
+        maps = shifted_maps(self.canvas.features[rows], self.steps[rows], k)
+        prior = self.canvas.prior(rows, maps, k)  # that of k, wherever corrections move the map
+        images, features, logits = self._draw(rows, maps, prior)
+        if not self.corrections or not bool(k.any()):
+            return images, features, logits
         start, step = self.reflected.start[rows], self.reflected.step[rows]
         before, wanted, end = (self._behind(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
-        maps = shifted_maps(self.canvas.features[rows], self.steps[rows], k)
-        images, features, logits, short = self._draw(rows, maps, k, wanted)
-        if not self.corrections:
-            return images, features, logits
-        least = short.abs()
+        least = self._short(rows, logits, self._blurred(images), wanted).abs()
         settled = torch.where(k == 0, math.inf, _SETTLED * (before - end)[:, 0].abs())
-        longest = _LONGEST * self.steps[rows].expand_as(maps).flatten(1).norm(dim=1).double()
+        steps = self.steps[rows]
+        cells = maps[0].numel() // steps[0].numel()  # a uniform step stands once for all cells
+        longest = _LONGEST * math.sqrt(cells) * steps.double().flatten(1).norm(dim=1)
+        images, logits = images.clone(), logits.clone()  # they may be the model's own
         open_rows = (least > settled).nonzero()[:, 0]
         for left in reversed(range(self.corrections + 1)):
             if len(open_rows) == 0:
                 break
-            own, own_k, own_wanted = rows[open_rows], k[open_rows], wanted[open_rows]
-            if left == self.corrections:  # drawn above, but without its slope
-                short, slope = self._slope(own, maps[open_rows], own_k, own_wanted)[-2:]
-            else:
-                if left:
-                    *again, short, slope = self._slope(own, maps[open_rows], own_k, own_wanted)
-                else:
-                    *again, short = self._draw(own, maps[open_rows], own_k, own_wanted)
-                better = short.abs() < least[open_rows]
-                chosen = open_rows[better]
-                least[chosen] = short.abs()[better]
-                for kept, new in zip((images, features, logits), again, strict=True):
-                    kept[chosen] = new[better].to(kept.dtype)
+            own, own_maps, own_wanted = rows[open_rows], maps[open_rows], wanted[open_rows]
+            own_prior = None if prior is None else prior[open_rows]
             if left:
-                moved = maps[open_rows] + least_change(short, slope, longest[open_rows])
-                still = least[open_rows] > settled[open_rows]
-                maps[open_rows], open_rows = moved, open_rows[still]
+                *again, short, slope = self._slope(own, own_maps, own_prior, own_wanted)
+            else:
+                again = [*self._draw(own, own_maps, own_prior)]
+                short = self._short(own, again[2], self._blurred(again[0]), own_wanted)
+            better = short.abs() < least[open_rows]
+            chosen = open_rows[better]
+            least[chosen] = short.abs()[better]
+            for kept, new in zip((images, features, logits), again, strict=True):
+                kept[chosen] = new[better].to(kept.dtype)
+            if left:
+                change = least_change(short, slope, longest[open_rows])
+                maps[open_rows] = own_maps + change
+                more = (least[open_rows] > settled[open_rows]) & (change != 0).flatten(1).any(1)
+                open_rows = open_rows[more]
         return images, features, logits
 
-    def _draw(self, rows: Tensor, maps: Tensor, k: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `at`, of these maps [n,D,h,w], and what they are short of: float64 [n]."""
-        images = self.canvas.draw(rows, maps, k)
-        features, logits = self.canvas.classifier.features_and_logits(images)
-        blurred = self.canvas.classifier.logits(gaussian_blur(images, self.blur)) if self.blur else None
-        return images, features, logits, self._short(rows, logits, blurred, wanted)
+    def _draw(self, rows: Tensor, maps: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `at`, of these maps [n,D,h,w]."""
+        self.counts.seen[rows] += 1
+        images = self.canvas.draw(rows, maps, prior)
+        return images, *self.canvas.classifier.features_and_logits(images)
 
-    def _slope(self, rows: Tensor, maps: Tensor, k: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        """As `_draw`, and the gradient of what they are short of by the maps; as many at once as the budget lets."""
+    def _blurred(self, images: Tensor) -> Tensor | None:
+        """The logits of blurred images, where these count."""
+        return self.canvas.classifier.logits(gaussian_blur(images, self.blur)) if self.blur else None
+
+    def _slope(self, rows: Tensor, maps: Tensor, prior: Tensor | None, wanted: Tensor) -> tuple[Tensor, ...]:
+        """As `_draw`, what they are short of, and its gradient by the maps; as many at once as the budget lets."""
         if not self.counts.graph:  # the first image tells how large a graph is; what it gives is not used
             seen = self.counts.seen.clone()
             with _graph_bytes(self.canvas.classifier.model, self.canvas.decoder) as held:
-                self._slope_at_once(rows[:1], maps[:1], k[:1], wanted[:1])
+                self._slope_at_once(rows[:1], maps[:1], None if prior is None else prior[:1], wanted[:1])
             self.counts.graph, self.counts.seen = max(1, sum(held.values())), seen
-        size = max(1, self.budget // self.counts.graph)
-        groups = zip(*(each.split(size) for each in (rows, maps, k, wanted)), strict=True)
-        parts = [self._slope_at_once(*group) for group in groups]
+        parts = [
+            self._slope_at_once(rows[own], maps[own], None if prior is None else prior[own], wanted[own])
+            for own in torch.arange(len(rows), device=rows.device).split(max(1, self.budget // self.counts.graph))
+        ]
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
-    def _slope_at_once(self, rows: Tensor, maps: Tensor, k: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    def _slope_at_once(self, rows: Tensor, maps: Tensor, prior: Tensor | None, wanted: Tensor) -> tuple[Tensor, ...]:
         classifier = self.canvas.classifier
+        self.counts.seen[rows] += 1
         with classifier.frozen():
-            maps = maps.detach().requires_grad_()
-            images = self.canvas.draw(rows, maps, k)
+            maps = maps.detach().clone().requires_grad_()  # a copy: the graph holds its whole storage
+            images = self.canvas.draw(rows, maps, prior)
             features, logits = classifier.encode(images)
             blurred = classifier.encode(gaussian_blur(images, self.blur))[1] if self.blur else None
             short = self._short(rows, logits, blurred, wanted)
@@ -887,14 +902,16 @@ class _Drawing:
                     "images are corrected along the classifier's gradient, and this model gives none (frozen by "
                     "torch.jit, quantised, or run without gradients): corrections=0 draws every image once"
                 )
-            (slope,) = torch.autograd.grad(short.sum(), maps)
+            (slope,) = torch.autograd.grad(short.sum(), maps, allow_unused=True, materialize_grads=True)
         return *(each.detach() for each in (images, features, logits, short)), slope
 
     def _short(self, rows: Tensor, logits: Tensor, blurred: Tensor | None, wanted: Tensor) -> Tensor:
-        """By how much more than wanted [n,2] the target is behind source or best other class, whichever is more."""
-        self.counts.seen[rows] += 1 if blurred is None else 2
+        """By how much more than wanted [n,2] the target is behind source or best other class, whichever is more; of
+        images, or of the mean of them and of blurred ones.
+        """
         said = self._behind(rows, logits)
         if blurred is not None:
+            self.counts.seen[rows] += 1
             said = (said + self._behind(rows, blurred)) / 2
         return (said - wanted).amax(1)
 

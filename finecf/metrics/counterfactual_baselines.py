@@ -339,7 +339,8 @@ class _Line:
         """Images of some rows, and their logits."""
         features = self.canvas.features[rows]
         places = torch.full((len(rows),), k, dtype=torch.float64, device=features.device)
-        images = self.canvas.draw(rows, shifted_maps(features, self.delta[rows], places), places)
+        maps = shifted_maps(features, self.delta[rows], places)
+        images = self.canvas.draw(rows, maps, self.canvas.prior(rows, maps, places))
         return images, self.canvas.classifier.logits(images).double()
 
     def first(self, resolution: float) -> tuple[Tensor, Tensor]:
