@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 DEFAULT_SHARE = 4
 DEFAULT_LIMIT = 1 << 30
@@ -45,3 +48,19 @@ def checked_micro_batch(asked: int | None) -> int | None:
     if asked is not None and asked < 1:
         raise ValueError(f"micro_batch must be at least 1, or None; got {asked}")
     return asked
+
+
+@contextmanager
+def graph_bytes(*modules: nn.Module) -> Iterator[dict[int, int]]:
+    """The bytes of every storage that graphs hold on to inside, by address, without the modules' own weights."""
+    weights = {each.untyped_storage().data_ptr() for module in modules for each in module.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        yield held

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finecf.explainers import _mirror_fit as fitting
-from finecf.explainers._memory import budget_for, checked_micro_batch
+from finecf.explainers._memory import budget_for, checked_micro_batch, graph_bytes
 from finecf.explainers._mirror_draw import Canvas, Steps, least_change, places_of
 from finecf.explainers._reflection import (
     REFLECTIONS,
@@ -879,7 +879,7 @@ class _Drawing:
         """As `_draw`, what they are short of, and its gradient by the maps; as many at once as the budget lets."""
         if not self.counts.graph:  # the first image tells how large a graph is; what it gives is not used
             seen = self.counts.seen.clone()
-            with _graph_bytes(self.canvas.classifier.model, self.canvas.decoder) as held:
+            with graph_bytes(self.canvas.classifier.model, self.canvas.decoder) as held:
                 self._slope_at_once(rows[:1], maps[:1], None if prior is None else prior[:1], wanted[:1])
             self.counts.graph, self.counts.seen = max(1, sum(held.values())), seen
         parts = [
@@ -921,22 +921,6 @@ class _Drawing:
         logits = logits.double()
         best = logits.scatter(1, target, -math.inf).amax(1, keepdim=True)
         return torch.cat([logits.gather(1, source), best], 1) - logits.gather(1, target)
-
-
-@contextmanager
-def _graph_bytes(*modules: nn.Module) -> Iterator[dict[int, int]]:
-    """The bytes of every storage that graphs hold on to inside, by address, without the modules' own weights."""
-    weights = {each.untyped_storage().data_ptr() for module in modules for each in module.parameters()}
-    held: dict[int, int] = {}
-
-    def keep(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        yield held
 
 
 @contextmanager

@@ -1384,6 +1384,16 @@ def test_the_least_change() -> None:
     torch.testing.assert_close(found[:, :, 0, 0], wanted)
 
 
+@pytest.mark.parametrize("shift", ["uniform", "per_cell"])
+def test_no_correction_is_longer_than_a_quarter_of_the_way(shift: str) -> None:
+    """A decoder that draws a twentieth of what it is told is short of more than a quarter of the way makes up for."""
+    before, after = (corrected(number, share=0.05, shift=shift)[2] for number in (0, 1))
+    for one, two in zip(before, after, strict=True):
+        way = (one.images[-1] - one.prepared).norm()  # k = 1
+        for number in range(1, 5):
+            assert float((two.images[number] - one.images[number]).norm() / way) == pytest.approx(0.25, rel=1e-3)
+
+
 def test_graphs_of_corrections_keep_to_the_memory_budget() -> None:
     """As many images share a graph as fit in; it makes no difference to what is drawn."""
     trained, _ = fitted(**CHANGE)
@@ -1469,6 +1479,9 @@ def test_a_corrected_blur_is_corrected_for_half() -> None:
         sharp.append(float((image - latent).amax(1)[1:].abs().max()))
         assert each.evaluations % 2 == 0  # the image, its drawing at k = 0, and all others sharp and blurred
     assert max(sharp) > 3e-3 * scale
+    for each in corrected(1, share=0.4, correction_blur=1.5, shift="per_cell")[2]:
+        drawn = 4 + (25 if each.first_k is None else round((each.first_k - 0.5) / 0.02))
+        assert each.evaluations == 2 + 6 * drawn  # once, for its slope, and corrected; each time sharp and blurred
 
 
 def test_a_row_at_zero_stays_whatever_others_do() -> None:
