@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import finecf
 from finecf.data import SyntheticBirds
+from finecf.explainers._memory import graph_bytes
 from finecf.metrics.tables import Table
 from finecf.models.runner import Runner
 from finecf.training import load_birds_net
@@ -132,6 +133,26 @@ def memory(budget: int) -> None:
         f"{grown:.0f} MiB; {result.evaluations} images in {time.perf_counter() - started:.0f} s, micro-batch "
         f"{result.versions['micro_batch']}; {result.region_count} full images would be "
         f"{result.region_count * image.numel() * 4 >> 20} MiB"
+    )
+    graph(explainer._ready(image[None]), image)
+
+
+def graph(runner: Runner, image: Tensor) -> None:
+    """What a gradient of the window search holds and takes."""
+    seconds: dict[str, list[float]] = {"forward": [], "backward": []}
+    for _ in range(3):
+        with runner.frozen():
+            x = image[None].clone().requires_grad_()
+            started = time.perf_counter()
+            with graph_bytes(runner.model) as held:
+                logits = runner.with_graph(x)
+            seconds["forward"].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            torch.autograd.grad(logits.sum(), x)
+            seconds["backward"].append(time.perf_counter() - started)
+    rich.print(
+        f"one image's graph holds {sum(held.values()) >> 20} MiB; a backward takes "
+        f"{min(seconds['backward']) / min(seconds['forward']):.2f} times as long as a forward"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finecf import ops
-from finecf.explainers._subset import Answer, Ask, Search
+from finecf.explainers._subset import Answer, Ask, AskSlopes, Search, Slopes
 
 _PROBES = 8
 """Masked images that are run a second time, one by one, to measure the noise of the model's forward."""
@@ -81,7 +81,7 @@ class Group:
         target: int64 [B].
         whole, blank: logits [B,C] of the images and of their baselines; whole_features [B,D].
         numbers: the images' places in the user's batch, for messages.
-        forwards: images through the model so far, for each image.
+        forwards: images through the model so far, for each image; a gradient counts as one more.
         singles: the model's outputs for each region alone and for the image without it, [B,M,...].
         distance: float64 [B,M,M] between the features of single regions; 0 where they are not needed.
     """
@@ -108,13 +108,20 @@ class Group:
         return max(self.regions)
 
 
+TakeSlopes = Callable[[Group, dict[int, AskSlopes]], dict[int, Slopes | None]]
+"""Slopes of sets, by the images' places in the group; `_slopes.RegionSlopes` gives them."""
+
+
 class Evaluation:
     """Runs searches over a group of images."""
 
-    def __init__(self, runner: Forward, terms: Terms, micro_batch: int) -> None:
+    def __init__(
+        self, runner: Forward, terms: Terms, micro_batch: int, slopes: TakeSlopes = lambda _, asks: dict.fromkeys(asks)
+    ) -> None:
         self.runner = runner
         self.terms = terms
         self.micro_batch = micro_batch
+        self.slopes = slopes
 
     def start(self, group: Group) -> float:
         """Score the baselines and every single region of the group; return the noise of a score.
@@ -170,9 +177,10 @@ class Evaluation:
         removed = self.terms.deletion if removed is None else removed
         asks = {b: ask for b, search in enumerate(searches) if (ask := next(search, None)) is not None}
         while asks:
-            answers: dict[int, Answer] = {}
+            steep = {b: ask for b, ask in asks.items() if isinstance(ask, AskSlopes)}
+            answers: dict[int, Answer | Slopes | None] = dict(self.slopes(group, steep)) if steep else {}
             for both in (True, False):
-                some = {b: ask for b, ask in asks.items() if ask.removed is both}
+                some = {b: ask for b, ask in asks.items() if isinstance(ask, Ask) and ask.removed is both}
                 if some:
                     answers |= self._answer(group, some, removed and both)
             for b, answer in answers.items():

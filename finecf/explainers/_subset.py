@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,23 @@ class Ask(NamedTuple):
     removed: bool = True
     """Whether the images with the regions removed are wanted, too: without them a candidate costs one image, and the
     collaboration term is left out."""
+
+
+class AskSlopes(NamedTuple):
+    """Which way would the model lean if a little more of each region were added to this set?"""
+
+    chosen: Chosen
+
+
+class Slopes(NamedTuple):
+    """Derivatives by how far each region is shown, float64 [m] each; 0 where a weight of 0 leaves them unused."""
+
+    confidence: Tensor
+    """Of the confidence term."""
+    kept: Tensor
+    """Of the target's log odds with the set kept."""
+    removed: Tensor
+    """Of the target's log odds with the set removed, as a region goes."""
 
 
 class Answer(NamedTuple):
@@ -190,7 +207,8 @@ class Trace:
             self.score = step.total
 
 
-Search = Generator[Ask, Answer, None]
+Search = Generator[Ask | AskSlopes, Any, None]
+"""`Ask` is sent its `Answer`; `AskSlopes` its `Slopes`, or None where the model gives no gradients."""
 
 
 class Guess(NamedTuple):
@@ -206,8 +224,8 @@ class Guess(NamedTuple):
 class Guesser(Protocol):
     """Guesses scores; `_surrogate.Surrogate` is one."""
 
-    def guess(self, chosen: Chosen, candidates: list[int], /) -> Guess:
-        """What the set with each candidate added may score."""
+    def guess(self, chosen: Chosen, candidates: list[int], slopes: Slopes | None, /) -> Guess:
+        """What the set with each candidate added may score; `slopes` are of the set."""
 
     def learn(self, chosen: Chosen, answer: Answer, /) -> None:
         """Take in what the model said; `chosen` without the candidates."""
@@ -293,19 +311,20 @@ def lazy(trace: Trace, slack: float, width: int, effort: float) -> Search:
 
 EARLY, LATE = 0.3, 0.5
 """The window is wider until the first share of the regions is ranked, and narrower from the second on."""
-WINDOW = {"early": (0.27, 0.14), "middle": (0.18, 0.1), "late": (0.14, 0.08)}
+WINDOW = {"early": (0.22, 0.11), "middle": (0.14, 0.08), "late": (0.12, 0.06)}
 """How many candidates are scored, as shares of all regions: with the regions kept alone, and both ways."""
-ONE_SIDED = 4.0
+ONE_SIDED = 8.0
 """Where the kept images tell the candidates apart by so many times more than the removed ones, they alone are run."""
 
 
 def window(trace: Trace, wider: float = 1.0) -> Search:
     """Greedy over a window of the most promising candidates of each step (the pruning is PhaseWin's idea).
 
-    The window holds the candidates whose guessed scores (`_surrogate.py`; ours) are the highest. Where the guess says
-    that the candidates hardly differ with the regions removed, twice as many are scored with the regions kept alone,
-    and only the best of them both ways. Where the head does not fold there is no guess, and phases stand in.
-    `wider`: how many times as many candidates as usual are scored.
+    The window holds the candidates whose guessed scores (`_surrogate.py`; ours) are the highest; in the first half of
+    the order the guess also reads the model's gradients. Where it says that the candidates hardly differ with the
+    regions removed, twice as many are scored with the regions kept alone, and only the best of them both ways. Where
+    the head does not fold there is no guess, and phases stand in. `wider`: how many times as many candidates as usual
+    are scored.
     """
     problem = trace.problem
     guesser = problem.guesser
@@ -313,13 +332,17 @@ def window(trace: Trace, wider: float = 1.0) -> Search:
         yield from phases(trace, share=0.2, picks=0.5)
         return
     chosen = Chosen(problem.distance)
+    answer: Answer
     while not trace.finished:
         # The single regions are known already: all of them are looked at in the first step.
         asked = trace.open
         if trace.order:
-            guess = guesser.guess(chosen, trace.open)
-            ranked = (guess.kept_hope + guess.removed_hope).argsort(descending=True, stable=True)
             wide, both = _widths(len(trace.order), problem.regions, wider)
+            slopes: Slopes | None = None
+            if len(trace.order) < LATE * problem.regions and len(trace.open) > both:
+                slopes = yield AskSlopes(chosen)
+            guess = guesser.guess(chosen, trace.open, slopes)
+            ranked = (guess.kept_hope + guess.removed_hope).argsort(descending=True, stable=True)
             top = ranked[:wide]
             told_apart, told_removed = (
                 float(part[top].max() - part[top].min() + (hope - part)[top].mean())

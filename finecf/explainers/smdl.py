@@ -19,6 +19,7 @@ from finecf.explainers import _subset
 from finecf.explainers._evaluation import Evaluation, Group, Terms
 from finecf.explainers._memory import budget_for, checked_micro_batch
 from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
+from finecf.explainers._slopes import RegionSlopes
 from finecf.explainers._subset import NOISE_FACTOR, Problem, Trace
 from finecf.explainers._subset import SEARCHES as SEARCHES  # for those who offer a choice of them
 from finecf.explainers._surrogate import Surrogate
@@ -165,9 +166,15 @@ class SMDL:
         done: list[SMDLExplanation] = []
         if len(x) == 0:
             return done
-        runner = self._ready(x)
         total = len(x) * self.region_count
-        with plain(self.classifier.device), progress_bar(self.progress, total, "region") as advance:
+        # The window search takes gradients, which the user's own inference mode would not give.
+        with (
+            torch.inference_mode(False),
+            plain(self.classifier.device),
+            progress_bar(self.progress, total, "region") as advance,
+        ):
+            x = x.clone() if x.is_inference() else x
+            runner = self._ready(x)
             size = self._group_size(x[0])
             for start in range(0, len(x), size):
                 own = slice(start, start + size)
@@ -309,7 +316,8 @@ class SMDL:
             whole_features=maps.mean((2, 3)) if self.terms.pooled else None,
             numbers=list(range(first, first + len(x))),
         )
-        evaluation = Evaluation(runner, self.terms, micro_batch)
+        slopes = RegionSlopes(runner, self.terms, micro_batch, self.budget // 2)
+        evaluation = Evaluation(runner, self.terms, micro_batch, slopes)
         noise = evaluation.start(group)
         guesses = self._guesses(runner, group, maps, micro_batch)
         problems = [
@@ -352,6 +360,9 @@ class SMDL:
                 results.append(
                     self._result(runner, group, b, trace, shown[b], labels[b], names[b], micro_batch, seconds)
                 )
+        if slopes.refusal is not None:
+            for result in results:
+                result.notes.append(f"candidates were guessed without the model's gradients: {slopes.refusal}")
         if interrupted is not None:
             for result in results:
                 result.notes.append(f"interrupted after {len(result.order)} of {result.region_count} regions")

@@ -18,6 +18,7 @@ from finecf.models.layers import (
     close_names,
     find_layer,
     input_channels,
+    input_gradients,
     plain_eval,
     resolve_module,
     unwrap,
@@ -246,15 +247,8 @@ class Classifier:
 
         Inside it `encode` and `head` give tensors with their graph. Modes and `requires_grad` are put back.
         """
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with self.eval_mode(), torch.enable_grad():
-            try:
-                for parameter in trainable:
-                    parameter.requires_grad_(False)
-                yield
-            finally:
-                for parameter in trainable:
-                    parameter.requires_grad_(True)
+        with self.eval_mode(), input_gradients(self.model):
+            yield
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map [B,D,H,W] and the logits [B,C] of images [B,Ch,H,W], unchecked, with their graph: see `frozen`."""

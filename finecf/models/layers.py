@@ -90,6 +90,20 @@ def plain_eval(model: nn.Module, device_type: str) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def input_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients on, and none for the parameters of `model`, whose `requires_grad` is put back."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. The sum tells in one pass; only a sum that overflows needs a second look."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

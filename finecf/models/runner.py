@@ -6,7 +6,8 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from finecf.models.classifier import Classifier
 from finecf.models.fold import tolerance
-from finecf.models.layers import plain_eval
+from finecf.models.layers import input_gradients, plain_eval
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,10 +27,10 @@ _WORTH_MORE_MEMORY = 0.97
 
 
 class Runner:
-    """Runs a copy of a classifier's model in eval mode without gradients; the user's own model is never changed.
+    """Runs a copy of a classifier's model in eval mode; the user's own model is never changed.
 
-    In the copy, batch norms are folded into the convolutions before them, and on request tensors lie channels last and
-    numbers are of half precision.
+    There are no gradients but in `frozen`. In the copy, batch norms are folded into the convolutions before them, and
+    on request tensors lie channels last and numbers are of half precision.
 
     Args:
         classifier: what `finecf.wrap` returned.
@@ -90,6 +91,21 @@ class Runner:
     def with_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B,C], and the wrapped layer's map [B,D,H,W]."""
         return self._hooked(x, torch.clone)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The copy in eval mode, with gradients on and none for its weights: for `with_graph`."""
+        with plain_eval(self._plain, self.classifier.device.type), input_gradients(self._plain):
+            yield
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy, not compiled; the user's model where it could not be copied."""
+        return self._plain
+
+    def with_graph(self, x: Tensor) -> Tensor:
+        """Logits [B,C] with their graph, inside `frozen`."""
+        return self.classifier.logits_of(self._plain(x.to(self._dtype)))
 
     def _hooked(self, x: Tensor, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits, and what `take` gives of the map: at once, since layers behind may work in place."""
