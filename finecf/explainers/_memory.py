@@ -52,15 +52,25 @@ def checked_micro_batch(asked: int | None) -> int | None:
 
 @contextmanager
 def graph_bytes(*modules: nn.Module) -> Iterator[dict[int, int]]:
-    """The bytes of every storage that graphs hold on to inside, by address, without the modules' own weights."""
+    """The bytes of every storage that graphs hold on to inside, by address, without the modules' own weights.
+
+    Raises:
+        RuntimeError: in a backward, where what a graph holds was overwritten since, as autograd itself does.
+    """
     weights = {each.untyped_storage().data_ptr() for module in modules for each in module.parameters()}
     held: dict[int, int] = {}
 
-    def keep(saved: Tensor) -> Tensor:
+    def keep(saved: Tensor) -> tuple[Tensor, int]:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in weights:
             held[storage.data_ptr()] = storage.nbytes()
+        return saved, saved._version
+
+    def give_back(kept: tuple[Tensor, int]) -> Tensor:
+        saved, version = kept
+        if saved._version != version:  # hooks switch off autograd's own look
+            raise RuntimeError("a tensor that the gradient needs was overwritten by an in-place operation")
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
         yield held

@@ -6,6 +6,7 @@ chosen are shown a little (ours), and the derivative by how far each of them is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -44,38 +45,33 @@ class RegionSlopes:
 
     def __call__(self, group: Group, asks: dict[int, AskSlopes]) -> dict[int, Slopes | None]:
         """Slopes for the sets asked about, by the images' places in the group; None where the model gives none."""
-        if self.refusal is None:
+        if self.refusal is None and (self._confidence_counts or self._kept_counts or self._removed_counts):
             try:
                 return self._take(group, asks)
-            except RuntimeError as error:  # what torch raises for layers that have no derivative
-                self.refusal = str(error).strip().splitlines()[0]
+            except _NoGradient as error:
+                cause = error.__cause__
+                self.refusal = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         return dict.fromkeys(asks)
 
     def _take(self, group: Group, asks: dict[int, AskSlopes]) -> dict[int, Slopes | None]:
-        device = group.images.device
         active = list(asks)
-        places = torch.tensor(active, device=device)
         chosen = torch.zeros(len(active), group.most, dtype=torch.bool)
         for row, ask in enumerate(asks.values()):
             chosen[row, : len(ask.chosen.selected)] = ask.chosen.selected
-        chosen = chosen.to(device)
         # The first image of all goes alone, and tells how large a graph is.
         first = 0 if self._graph else 1
-        parts = [self._of_some(group, places[:first], chosen[:first])] if first else []
+        parts = [self._of_some(group, active[:first], chosen[:first])] if first else []
         at_once = max(1, min(self._most, self._budget // self._graph))
-        parts += [
-            self._of_some(group, *part)
-            for part in zip(places[first:].split(at_once), chosen[first:].split(at_once), strict=True)
-            if len(part[0])
-        ]
-        # One transfer a round.
-        slopes = torch.cat([values for values, _ in parts], dim=1).cpu()
-        for b in active:
-            group.forwards[b] += parts[0][1]
+        for start in range(first, len(active), at_once):
+            own = slice(start, start + at_once)
+            parts.append(self._of_some(group, active[own], chosen[own]))
+        slopes = torch.cat(parts, dim=1).cpu()  # one transfer a round
         return {b: Slopes(*slopes[:, row, : group.regions[b]]) for row, b in enumerate(active)}
 
-    def _of_some(self, group: Group, places: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
-        """Slopes, float64 [3,n,M], and the forwards and backwards that each image cost."""
+    def _of_some(self, group: Group, active: list[int], chosen: Tensor) -> Tensor:
+        """Slopes of the sets `chosen` bool [n,M] of some images, float64 [3,n,M]."""
+        places = torch.tensor(active, device=group.images.device)
+        chosen = chosen.to(places.device)
         composed = ops.compose_regions(
             group.images,
             group.labels,
@@ -89,42 +85,51 @@ class RegionSlopes:
         whole = group.images[places]
         blank = group.baseline[:, None, None] if group.baseline.ndim == 1 else group.baseline[places]
         target = group.target[places]
-        slopes = torch.zeros(3, *chosen.shape, dtype=torch.float64, device=whole.device)
-        cost = 0
+        place = torch.arange(len(places), device=places.device)[:, None, None] * chosen.shape[1] + group.labels[places]
 
         def by_region(pixels: Tensor) -> Tensor:
-            per_pixel = (pixels * (whole - blank)).sum(1).double()
-            row = torch.arange(len(places), device=whole.device)[:, None, None] * chosen.shape[1]
-            sums = torch.zeros(chosen.numel(), dtype=torch.float64, device=whole.device)
-            sums.index_add_(0, (row + group.labels[places]).flatten(), per_pixel.flatten())
-            return sums.view(chosen.shape).nan_to_num(0, 0, 0)
+            sums = torch.zeros(chosen.numel(), dtype=torch.float64, device=pixels.device)
+            sums.index_add_(0, place.flatten(), (pixels * (whole - blank)).sum(1).double().flatten())
+            return sums.view(chosen.shape).nan_to_num(torch.nan, torch.nan, torch.nan)
 
-        with self._runner.frozen():
-            if self._confidence_counts or self._kept_counts:
-                x = kept.lerp(whole, SHOWN).requires_grad_()
-                logits = self._logits(x)
-                cost += 1
-                if self._kept_counts:
-                    odds = log_odds(logits, target).sum()
-                    slopes[1] = by_region(torch.autograd.grad(odds, x, retain_graph=self._confidence_counts)[0])
-                    cost += 1
-                if self._confidence_counts:
-                    confidence = confidence_of(logits, self._confidence).sum()
-                    slopes[0] = by_region(torch.autograd.grad(confidence, x)[0])
-                    cost += 1
-            if self._removed_counts:
-                x = removed.lerp(blank.expand_as(removed), SHOWN).requires_grad_()
-                odds = log_odds(self._logits(x), target).sum()
-                slopes[2] = -by_region(torch.autograd.grad(odds, x)[0])
-                cost += 2
-        return slopes, cost
+        def confidence(logits: Tensor) -> Tensor:
+            return confidence_of(logits, self._confidence)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Logits with their graph, whose size is noted."""
-        with graph_bytes(self._runner.model) as held:
-            logits = self._runner.with_graph(x)
-        self._graph = max(self._graph, sum(held.values()) // len(x), 1)
-        return logits
+        def odds(logits: Tensor) -> Tensor:
+            return log_odds(logits, target)
+
+        slopes = torch.zeros(3, *chosen.shape, dtype=torch.float64, device=places.device)
+        asked = [(0, confidence)] * self._confidence_counts + [(1, odds)] * self._kept_counts
+        if asked:
+            found = self._gradients(group, active, kept.lerp(whole, SHOWN), [value for _, value in asked])
+            for (row, _), pixels in zip(asked, found, strict=True):
+                slopes[row] = by_region(pixels)
+        if self._removed_counts:
+            (pixels,) = self._gradients(group, active, removed.lerp(blank.expand_as(removed), SHOWN), [odds])
+            slopes[2] = -by_region(pixels)
+        return slopes
+
+    def _gradients(
+        self, group: Group, active: list[int], x: Tensor, values: list[Callable[[Tensor], Tensor]]
+    ) -> list[Tensor]:
+        """Gradients by images `x` [n,Ch,H,W] of some values [n] of their logits; each counts as one more image."""
+        for b in active:
+            group.forwards[b] += 1 + len(values)
+        with self._runner.frozen(), graph_bytes(self._runner.model) as held:
+            x.requires_grad_()
+            try:
+                logits = self._runner.with_graph(x)
+                self._graph = max(self._graph, sum(held.values()) // len(x), 1)
+                return [
+                    torch.autograd.grad(value(logits).sum(), x, retain_graph=number < len(values))[0]
+                    for number, value in enumerate(values, 1)
+                ]
+            except RuntimeError as error:  # what torch raises for layers that have no derivative, or for want of memory
+                raise _NoGradient from error
+
+
+class _NoGradient(Exception):
+    """The model gives no gradient; the cause says why."""
 
 
 def log_odds(logits: Tensor, target: Tensor) -> Tensor:

@@ -66,7 +66,10 @@ class AskSlopes(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives by how far each region is shown, float64 [m] each; 0 where a weight of 0 leaves them unused."""
+    """Derivatives by how far each region is shown, float64 [m] each.
+
+    0 where a weight of 0 leaves them unused, NaN where the model's are no numbers.
+    """
 
     confidence: Tensor
     """Of the confidence term."""
@@ -316,6 +319,9 @@ WINDOW = {"early": (0.22, 0.11), "middle": (0.14, 0.08), "late": (0.12, 0.06)}
 ONE_SIDED = 8.0
 """Where the kept images tell the candidates apart by so many times more than the removed ones, they alone are run."""
 
+SLOPES_COST: Final = 5
+"""Images that slopes cost: two forwards and three backwards. They are not asked for where they spare no more."""
+
 
 def window(trace: Trace, wider: float = 1.0) -> Search:
     """Greedy over a window of the most promising candidates of each step (the pruning is PhaseWin's idea).
@@ -339,7 +345,8 @@ def window(trace: Trace, wider: float = 1.0) -> Search:
         if trace.order:
             wide, both = _widths(len(trace.order), problem.regions, wider)
             slopes: Slopes | None = None
-            if len(trace.order) < LATE * problem.regions and len(trace.open) > both:
+            spared = 2 * (len(trace.open) - both)
+            if len(trace.order) < LATE * problem.regions and spared > SLOPES_COST:
                 slopes = yield AskSlopes(chosen)
             guess = guesser.guess(chosen, trace.open, slopes)
             ranked = (guess.kept_hope + guess.removed_hope).argsort(descending=True, stable=True)

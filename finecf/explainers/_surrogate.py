@@ -116,7 +116,8 @@ class Surrogate:
         mean, deviation = self._expected(_joined(chosen, candidates))
         if slopes is not None:
             at = self._expected(chosen.selected[None]).mean
-            mean = at + LEARNT * (mean - at) + STEEPNESS * torch.stack(slopes, 1)[candidates]
+            steep = at + LEARNT * (mean - at) + STEEPNESS * torch.stack(slopes, 1)[candidates]
+            mean = torch.where(steep.isnan(), mean, steep)
         confidence, odds, odds_removed = mean.unbind(1)
         effectiveness = self._weights[1] * chosen.effectiveness(candidates)
 

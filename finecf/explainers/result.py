@@ -368,6 +368,7 @@ class SMDLExplanation(Explanation):
     `probabilities_after` are those of the image that shows only the best prefix.
 
     Attributes:
+        evaluations: images through the model; in the window search, a gradient counts as one more.
         search: "greedy", "bidirectional", "window" or "lazy".
         weights: of the terms, by name.
         order: regions, first the one that matters most; all of them unless the search was told to stop.

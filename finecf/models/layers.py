@@ -92,8 +92,11 @@ def plain_eval(model: nn.Module, device_type: str) -> Iterator[None]:
 
 @contextmanager
 def input_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients on, and none for the parameters of `model`, whose `requires_grad` is put back."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Gradients on, and none for the parameters of `model`, whose `requires_grad` is put back.
+
+    Parameters made in inference mode are left alone: outside it torch does not let their flag be set again.
+    """
+    trainable = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

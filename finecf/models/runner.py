@@ -105,7 +105,8 @@ class Runner:
 
     def with_graph(self, x: Tensor) -> Tensor:
         """Logits [B,C] with their graph, inside `frozen`."""
-        return self.classifier.logits_of(self._plain(x.to(self._dtype)))
+        # A copy: the model may work in place, which no leaf allows.
+        return self.classifier.logits_of(self._plain(x.to(self._dtype, copy=True)))
 
     def _hooked(self, x: Tensor, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits, and what `take` gives of the map: at once, since layers behind may work in place."""

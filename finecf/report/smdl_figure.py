@@ -208,12 +208,15 @@ def _score(axes: Axes, explanation: SMDLExplanation) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5, columnspacing=1.2)
 
 
+_GRADIENTS = {"window": " (a gradient counted as one)"}
+
+
 def _small_print(explanation: SMDLExplanation) -> list[str]:
     """What stands behind the figure, as lines of equal length."""
     asked = "" if explanation.region_count == explanation.regions_asked else f" ({explanation.regions_asked} asked for)"
     facts = [
         f"{explanation.region_count} regions{asked}, {explanation.search} search: {explanation.guarantee}.",
-        f"{explanation.evaluations:,} images went through the model.",
+        f"{explanation.evaluations:,} images went through the model{_GRADIENTS.get(explanation.search, '')}.",
         *(f"{note[0].upper()}{note[1:]}." for note in explanation.notes),
     ]
     return [*textwrap.wrap(SCORE, LINE_LENGTH), *textwrap.wrap(" ".join(facts), LINE_LENGTH)]

@@ -129,6 +129,16 @@ def test_terms_of_no_weight_cost_nothing(weights: tuple[float, ...], cost: int, 
         assert torch.equal(some, torch.zeros_like(some) if place in zero else all_of_it)
 
 
+def test_effectiveness_alone_asks_for_no_gradient() -> None:
+    clf = finecf.wrap(Net().to(DEVICE), layer="layer")
+    only = {"confidence": 0.0, "consistency": 0.0, "collaboration": 0.0}
+    (found,) = finecf.SMDL(clf, search="window", weights=only).explain(
+        pictures(1), regions=finecf.regions.grid(12, 12, 16)
+    )
+    assert sorted(found.order) == list(range(16))
+    assert not any("gradients" in note for note in found.notes)
+
+
 def test_graphs_go_through_in_what_the_budget_holds() -> None:
     seen: list[int] = []
 
@@ -165,20 +175,64 @@ class NoGraph(Net):
             return super().forward(x)
 
 
-def test_a_model_without_gradients_is_searched_without_them_and_the_result_says_so() -> None:
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_context: Any, *_gradients: Any) -> Any:
+        raise NotImplementedError  # with no message, as inference code is written
+
+
+class OneWay(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(NoBackward.apply(x))
+
+
+class Overwriting(Net):
+    """Fine without gradients; with them, what the sigmoid's derivative needs is gone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        light = x.sigmoid()
+        light.mul_(3)
+        return super().forward(light)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(NoGraph, "grad"), (OneWay, "NotImplementedError"), (Overwriting, "overwritten")]
+)
+def test_a_model_without_gradients_is_searched_without_them_and_the_result_says_so(
+    kind: type[Net], reason: str
+) -> None:
     image = pictures(1)[0]
     labels = finecf.regions.grid(12, 12, 16)
     results = [
         finecf.SMDL(finecf.wrap(net.to(DEVICE), layer="layer"), search="window").explain(image, regions=labels)[0]
-        for net in (NoGraph(), Net())
+        for net in (kind(), Net())
     ]
     assert [sorted(result.order) for result in results] == [list(range(16))] * 2
     said = [any("without the model's gradients" in note for note in result.notes) for result in results]
     assert said == [True, False]
+    assert reason in " ".join(results[0].notes)
     assert results[0].evaluations < results[1].evaluations
 
 
-def test_a_gradient_that_is_no_number_counts_as_none() -> None:
+def test_a_model_that_works_in_place_on_its_input_gives_gradients() -> None:
+    class Shifting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.5))
+
+    runner = Runner(finecf.wrap(Shifting().to(DEVICE), layer="layer"))
+    group = group_of(runner, pictures(1), [9], torch.zeros(3, dtype=torch.float64, device=DEVICE))
+    slopes = RegionSlopes(runner, terms(), 8, 1 << 30)
+    found = slopes(group, {0: AskSlopes(chosen_of(9, [4]))})[0]
+    assert slopes.refusal is None
+    assert found is not None
+    assert all(bool((each != 0).all()) for each in found)
+
+
+def test_a_gradient_that_is_no_number_is_known_as_such() -> None:
     class Trap(Net):
         """Its outputs are finite, but a dark pixel's root has no derivative."""
 
@@ -194,24 +248,53 @@ def test_a_gradient_that_is_no_number_counts_as_none() -> None:
     found = slopes(group, {0: AskSlopes(chosen_of(9, [4]))})[0]
     assert slopes.refusal is None
     assert found is not None
-    assert all(bool(each.isfinite().all()) for each in found)
-    assert [bool(value) for value in found.kept] == [False] * 3 + [True] * 6
+    dark = [True] * 3 + [False] * 6
+    assert found.confidence.isnan().tolist() == found.kept.isnan().tolist() == dark
+    dark[4] = True  # removed, it shows the baseline
+    assert found.removed.isnan().tolist() == dark
+    maps = runner.with_maps(group.images)[1]
+    fold = runner.classifier.fold(maps)
+    assert fold is not None
+    surrogate = Surrogate(fold, maps[0], maps[0] * 0, group.labels[0], 9, 0, terms().weights, "entropy")
+    candidates = [0, 1, 5]
+    plain, steep = (surrogate.guess(chosen_of(9, [4]), candidates, each) for each in (None, found))
+    assert torch.equal(plain.kept[:2], steep.kept[:2])  # as if there were no gradient
+    assert float(plain.kept[2]) != float(steep.kept[2])
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_the_model_is_left_as_it_was(fold: bool) -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["own model", "copy"])
+def test_the_model_is_left_as_it_was(own: bool) -> None:
     net = Net().to(DEVICE)
     net.fc.bias.requires_grad_(False)
+    net.layer.training = True  # one module that its owner keeps so
     before = [parameter.requires_grad for parameter in net.parameters()]
-    explainer = finecf.SMDL(finecf.wrap(net, layer="layer"), search="window", fold_batch_norm=fold)
-    (plain,) = explainer.explain(pictures(1), regions=finecf.regions.grid(12, 12, 9))
+    options = {"fold_batch_norm": not own, "channels_last": not own}
+    labels = finecf.regions.grid(12, 12, 16)
+    explainer = finecf.SMDL(finecf.wrap(net, layer="layer"), search="window", **options)
+    (plain,) = explainer.explain(pictures(1), regions=labels)
+    assert explainer._runner is not None
+    assert (explainer._runner.model is net) == own
+    assert not any("gradients" in note for note in plain.notes)
     assert [parameter.requires_grad for parameter in net.parameters()] == before
-    assert all(parameter.grad is None for parameter in net.parameters())
+    assert net.layer.training
+    assert not net.training
     with torch.inference_mode():
-        again = finecf.SMDL(finecf.wrap(net, layer="layer"), search="window", fold_batch_norm=fold)
-        (inside,) = again.explain(pictures(1), regions=finecf.regions.grid(12, 12, 9))
+        again = finecf.SMDL(finecf.wrap(net, layer="layer"), search="window", **options)
+        (inside,) = again.explain(pictures(1), regions=labels)
     assert inside.order == plain.order
     assert inside.evaluations == plain.evaluations
+
+
+def test_weights_made_in_inference_mode_keep_their_flags() -> None:
+    with torch.inference_mode():
+        net = Net().to(DEVICE)
+    before = [parameter.requires_grad for parameter in net.parameters()]
+    labels = finecf.regions.grid(12, 12, 16)
+    clf = finecf.wrap(net, layer="layer")
+    explainer = finecf.SMDL(clf, search="window", fold_batch_norm=False, channels_last=False)
+    (found,) = explainer.explain(pictures(1), regions=labels)
+    assert [parameter.requires_grad for parameter in net.parameters()] == before
+    assert any("without the model's gradients" in note for note in found.notes)
 
 
 def test_slopes_make_the_guess_better() -> None:
