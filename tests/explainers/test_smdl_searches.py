@@ -200,6 +200,15 @@ def test_the_window_scores_the_best_guesses() -> None:
     assert guesser.learnt == [(step, ask.candidates) for step, ask in enumerate(asks)]
 
 
+def test_gradients_are_asked_for_where_they_spare_more_than_they_cost() -> None:
+    """Of m - 1 open regions two are scored: the gradients cost five images, each region left out spares two."""
+    for m, asked in ((5, 0), (6, 1), (7, 2)):
+        value = torch.arange(m, dtype=torch.float64)
+        guesser = Table(value.tolist(), (3 * value).tolist())
+        asks_of(Trace(problem(m, guesser)), value)
+        assert sum(guesser.slopes) == asked
+
+
 def test_the_window_cannot_find_what_is_guessed_badly() -> None:
     value = torch.arange(20, dtype=torch.float64)
     trace = Trace(problem(20, Table((-value).tolist(), (-3 * value).tolist())))
