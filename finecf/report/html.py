@@ -46,7 +46,7 @@ MEANINGS = {
     "already at k = 0": "images that the network takes for the class of the second column as soon as they are redrawn, "
     "before anything is changed: the decoder's fault",
     "untrained pairs": "images whose two classes the decoder was not trained on: what it draws may be of neither",
-    "forwards": "how many images, most of them with regions hidden, went through the network",
+    "forwards": "how many images, most of them with regions hidden, went through the network; a gradient counts as one",
 }
 """What the columns and totals of a table mean, for a reader who has never heard of the method."""
 
