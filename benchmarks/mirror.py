@@ -7,8 +7,11 @@
 Held-out images that the classifier recognises, with the other class of their pair as target (birds: the next one of
 the family). Each method is scored at its first image that is called the target, and at its end: k = 1, or PGD driven on
 until source and target have swapped their logits' distance. "denoised": after a Gaussian blur of sigma 1, kernel 7.
-Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD, which has
-none, that of Mirror-CFE at k = 1. The interpolation is not corrected; --corrections 0 draws Mirror-CFE's images once.
+Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD and real
+images, which have none, that of Mirror-CFE at k = 1. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
+the largest change of a pixel. "nearest real image": of those among which the interpolation looks for its end, the one
+of the target class that is nearest in pixels. The interpolation is not corrected; --corrections 0 draws Mirror-CFE's
+images once.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts. --validation takes
 images that no other run grades, for choosing settings: birds of the validation split, garments that the 600 leave over.
@@ -36,6 +39,7 @@ from finecf.metrics import (
     cout,
     feature_distances,
     latent_interpolation,
+    nearest_unlike_neighbour,
     paired_bootstrap,
     pgd,
     redraw_distances,
@@ -163,21 +167,26 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     line = latent_interpolation(mirror, x, target, references, 2, labels=labels)
     known = torch.cat([classifier.features(part).mean((2, 3)) for part in references.split(64)])
     toward = known[line.reference].double()
+    euclidean = pgd(classifier, x, target, norm="l2")
+    real = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
     k = line.k.nan_to_num(1.0)
+    everywhere = torch.ones(len(x), dtype=torch.bool)
     rows = {
         "Mirror-CFE, first": first,
         "Mirror-CFE, k = 1": end,
         "PGD, first": Images(quick.images, quick.found, end.latents),
         "PGD, driven on": Images(far.images, far.found, end.latents),
+        "PGD l2, first": Images(euclidean.images, euclidean.found, end.latents),
         "interpolation, first": Images(
             line.images, line.found, start.double() + k[:, None] * (toward - start.double())
         ),
-        "interpolation, k = 1": Images(line.strip[:, -1], torch.ones(len(x), dtype=torch.bool), toward),
+        "interpolation, k = 1": Images(line.strip[:, -1], everywhere, toward),
+        "nearest real image": Images(real.images, everywhere, end.latents),
     }
-    real = references[torch.isin(labels, target.unique())]
+    of_targets = references[torch.isin(labels, target.unique())]
     table = Table(f"{on}: {len(x)} held-out images", [])
     for name, own in rows.items():
-        table.rows[name] = row_of(classifier, x, target, own, real)
+        table.rows[name] = row_of(classifier, x, target, own, of_targets)
     table.columns = list(next(iter(table.rows.values())))
     faithful = Table(f"{on}: from latent to image, over k", ["mean", "95 % interval"])
     for name, values in (
@@ -209,6 +218,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
             "first": torch.stack([each.counterfactual for each in found]),
             "k = 1": torch.stack([each.mirror_image for each in found]),
             "PGD, first": quick.images,
+            "PGD l2, first": euclidean.images,
         }
         tables.append(redrawn(classifier, numbers, x, target, drawn, options, summary))
     return tables, summary
@@ -227,6 +237,7 @@ def redrawn(
     birds = SyntheticBirds(split_of("birds", options), n=options.images)
     items = [birds[int(number)] for number in numbers]
     true = torch.stack([birds.redraw(item, int(label)).tensor for item, label in zip(items, target, strict=True)])
+    changed = float(redraw_distances(birds, items, x, true, target).changed.nanmean())
     recognised = torch.cat([classifier.logits(part).argmax(1) for part in true.split(64)]) == target
     table = Table("birds: against the redrawn counterfactual", [])
     for name, images in drawn.items():
@@ -253,6 +264,7 @@ def redrawn(
     table.notes.append(
         "Energy: share of the change that lies on the visible parts that differ; grown: by half a cell of the map. "
         "Inside, outside: L1 to the redrawn bird minus that of the image itself, paired; negative is closer. "
+        f"{changed:.1%} of the pixels inside differ between image and redrawn bird at all. "
         f"The classifier calls {float(recognised.double().mean()):.1%} of the truly redrawn birds the target."
     )
     return table

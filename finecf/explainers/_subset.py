@@ -32,6 +32,14 @@ class Chosen:
         self.nearest = torch.full((len(distance),), math.inf, dtype=torch.float64)
         self.size = 0
 
+    @staticmethod
+    def of(distance: Tensor, regions: Sequence[int]) -> Chosen:
+        """The set of these regions."""
+        chosen = Chosen(distance)
+        for region in regions:
+            chosen.add(region)
+        return chosen
+
     def add(self, region: int) -> None:
         """Put a region into the set."""
         column = self.distance[:, region].clone()
@@ -140,6 +148,7 @@ class Trace:
         compared, violations, negative: how many gains were measured again after the set had grown, how many of them
             had grown beyond the noise against diminishing returns, and how many gains of all were below zero.
         growth: the most that a gain grew.
+        scored: for each step, the candidates that were scored there.
         asked: candidates scored.
         uncertain: picks whose bound could not rule out a better candidate.
     """
@@ -152,6 +161,7 @@ class Trace:
     violations: int = 0
     negative: int = 0
     growth: float = 0.0
+    scored: list[set[int]] = field(default_factory=list)
     asked: int = 0
     uncertain: int = 0
 
@@ -178,13 +188,19 @@ class Trace:
         before = self.gains[answer.candidates]
         grown = (gains - before)[~before.isnan()]
         slack = NOISE_FACTOR * self.problem.noise
-        self.asked += len(gains)
+        self.look(answer)
         self.compared += len(grown)
         self.violations += int((grown > slack).sum())
         self.negative += int((gains < -slack).sum())
         if len(grown):
             self.growth = max(self.growth, float(grown.max()))
         self.gains[answer.candidates] = gains
+
+    def look(self, answer: Answer) -> None:
+        """Note that these candidates have been scored in the present step."""
+        self.asked += len(answer.candidates)
+        self.scored += [set() for _ in range(len(self.order) + 1 - len(self.scored))]
+        self.scored[-1].update(answer.candidates)
 
     def take(self, answer: Answer, position: int) -> int:
         """Rank the candidate at a position of the answer next; return its region."""
@@ -208,6 +224,21 @@ class Trace:
         self.area += self.problem.sizes[region]
         if step is not None:
             self.score = step.total
+
+    def gain(self, k: int) -> float:
+        """By how much the region at place k raised the score."""
+        ahead, own = self.steps[k - 1] if k else None, self.steps[k]
+        assert own is not None
+        return own.total - (self.problem.empty_score if ahead is None else ahead.total)
+
+    def swap(self, k: int, step: Step) -> None:
+        """Rank the region at place k one place earlier; `step`: the set that it then ends."""
+        order = self.order
+        order[k - 1], order[k] = order[k], order[k - 1]
+        self.steps[k - 1] = step
+        self.scored[k - 1].add(order[k - 1])
+        self.scored[k] = {order[k]}  # the others there were scored beside another set
+        self.ties = [tie for tie in self.ties if tie not in (k, k + 1)]
 
 
 Search = Generator[Ask | AskSlopes, Any, None]
@@ -312,11 +343,12 @@ def lazy(trace: Trace, slack: float, width: int, effort: float) -> Search:
         chosen.add(trace.take(answer, answer.best()))
 
 
-EARLY, LATE = 0.3, 0.5
-"""The window is wider until the first share of the regions is ranked, and narrower from the second on."""
-WINDOW = {"early": (0.22, 0.11), "middle": (0.14, 0.08), "late": (0.12, 0.06)}
-"""How many candidates are scored, as shares of all regions: with the regions kept alone, and both ways."""
-ONE_SIDED = 8.0
+EARLY: Final = 0.3
+"""The share of the regions that is ranked with more candidates, and with gradients."""
+WINDOW: Final = {"early": (0.14, 0.08), "late": (0.04, 0.04)}
+"""How many candidates are scored, as shares of all regions: with the regions kept alone, and both ways. What so few of
+them miss, `swaps` mends for two images each."""
+ONE_SIDED: Final = 8.0
 """Where the kept images tell the candidates apart by so many times more than the removed ones, they alone are run."""
 
 SLOPES_COST: Final = 5
@@ -326,17 +358,22 @@ SLOPES_COST: Final = 5
 def window(trace: Trace, wider: float = 1.0) -> Search:
     """Greedy over a window of the most promising candidates of each step (the pruning is PhaseWin's idea).
 
-    The window holds the candidates whose guessed scores (`_surrogate.py`; ours) are the highest; in the first half of
-    the order the guess also reads the model's gradients. Where it says that the candidates hardly differ with the
-    regions removed, twice as many are scored with the regions kept alone, and only the best of them both ways. Where
-    the head does not fold there is no guess, and phases stand in. `wider`: how many times as many candidates as usual
-    are scored.
+    The window holds the candidates whose guessed scores (`_surrogate.py`; ours) are the highest; in the first third of
+    the order it is wider, and the guess also reads the model's gradients. Where the guess says that the candidates
+    hardly differ with the regions removed, more are scored with the regions kept alone, and only the best of them both
+    ways. Where the head does not fold there is no guess, and phases stand in. In the end `swaps` looks for what the
+    windows have missed. `wider`: how many times as many candidates as usual are scored.
     """
-    problem = trace.problem
-    guesser = problem.guesser
-    if guesser is None:
+    if trace.problem.guesser is None:
         yield from phases(trace, share=0.2, picks=0.5)
-        return
+    else:
+        yield from guided(trace, trace.problem.guesser, wider)
+    yield from swaps(trace)
+
+
+def guided(trace: Trace, guesser: Guesser, wider: float) -> Search:
+    """Greedy over windows of candidates whose guesses are the highest."""
+    problem = trace.problem
     chosen = Chosen(problem.distance)
     answer: Answer
     while not trace.finished:
@@ -346,7 +383,7 @@ def window(trace: Trace, wider: float = 1.0) -> Search:
             wide, both = _widths(len(trace.order), problem.regions, wider)
             slopes: Slopes | None = None
             spared = 2 * (len(trace.open) - both)
-            if len(trace.order) < LATE * problem.regions and spared > SLOPES_COST:
+            if len(trace.order) < EARLY * problem.regions and spared > SLOPES_COST:
                 slopes = yield AskSlopes(chosen)
             guess = guesser.guess(chosen, trace.open, slopes)
             ranked = (guess.kept_hope + guess.removed_hope).argsort(descending=True, stable=True)
@@ -355,7 +392,8 @@ def window(trace: Trace, wider: float = 1.0) -> Search:
                 float(part[top].max() - part[top].min() + (hope - part)[top].mean())
                 for part, hope in ((guess.kept, guess.kept_hope), (guess.removed, guess.removed_hope))
             )
-            if len(ranked) > both and told_apart > ONE_SIDED * told_removed:
+            spares = wide > both or problem.weights[3] == 0
+            if len(ranked) > both and spares and told_apart > ONE_SIDED * told_removed:
                 positions = top.sort().values
                 answer = yield Ask(chosen, [trace.open[i] for i in positions.tolist()], removed=False)
                 guesser.learn(chosen, answer)
@@ -363,7 +401,7 @@ def window(trace: Trace, wider: float = 1.0) -> Search:
                     trace.measure(answer)
                     chosen.add(trace.take(answer, answer.best()))
                     continue
-                trace.asked += len(positions)
+                trace.look(answer)
                 best = answer.candidates[int((answer.total + guess.removed[positions]).argmax())]
                 asked = [best]
             else:
@@ -375,9 +413,34 @@ def window(trace: Trace, wider: float = 1.0) -> Search:
 
 
 def _widths(ranked: int, regions: int, wider: float) -> tuple[int, int]:
-    phase = "early" if ranked < EARLY * regions else "middle" if ranked < LATE * regions else "late"
-    wide, both = WINDOW[phase]
+    wide, both = WINDOW["early" if ranked < EARLY * regions else "late"]
     return max(2, round(wider * wide * regions)), max(2, round(wider * both * regions))
+
+
+def swaps(trace: Trace) -> Search:
+    """Rank regions earlier that the windows have missed (ours).
+
+    A region that was no candidate in a step and is ranked in the next one, with more gain, may have been worth more in
+    that step, too. Where it is, the two swap places, and the region is compared with the one before. This changes the
+    set between the two alone: all other sets stay as they were scored.
+    """
+    problem = trace.problem
+    slack = NOISE_FACTOR * problem.noise
+    for last in range(1, len(trace.order)):
+        for k in range(last, 0, -1):
+            region, step = trace.order[k], trace.steps[k - 1]
+            if step is None or region in trace.scored[k - 1] or trace.gain(k) <= trace.gain(k - 1):
+                break
+            ahead = Chosen.of(problem.distance, trace.order[: k - 1])
+            answer = yield Ask(ahead, [region], removed=bool(problem.weights[3] != 0))
+            trace.asked += 1
+            if float(answer.total[0]) <= step.total + slack:
+                trace.scored[k - 1].add(region)
+                break
+            trace.swap(k, step_of(answer, 0))
+    reached = [k for k, step in enumerate(trace.steps, 1) if step is not None and step.total >= problem.stop_score]
+    if reached:
+        del trace.order[reached[0] :], trace.steps[reached[0] :]
 
 
 def phases(trace: Trace, share: float, picks: float) -> Search:

@@ -473,7 +473,7 @@ class SMDL:
             )
         if self.search == "bidirectional":
             return "the front half is greedy among the regions that the back end has left"
-        return "every region is the best next one of its window of candidates"
+        return "no candidate that was scored in a step scored more than the region that is ranked there"
 
     def _notes(self, trace: Trace) -> list[str]:
         notes = []

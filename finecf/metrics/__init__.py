@@ -5,7 +5,14 @@ from finecf.metrics.baselines import centred_gaussian, grad_cam, occlusion, rand
 from finecf.metrics.bootstrap import Interval, bootstrap_mean, paired_bootstrap
 from finecf.metrics.compactness import compactness
 from finecf.metrics.counterfactual import CounterfactualScores, CoutCurves, counterfactual_scores, cout
-from finecf.metrics.counterfactual_baselines import Attack, Interpolation, latent_interpolation, pgd
+from finecf.metrics.counterfactual_baselines import (
+    Attack,
+    Interpolation,
+    Neighbour,
+    latent_interpolation,
+    nearest_unlike_neighbour,
+    pgd,
+)
 from finecf.metrics.curves import Curves, highest_confidence, insertion_deletion
 from finecf.metrics.distances import FeatureDistances, feature_distances, frechet_distance
 from finecf.metrics.fidelity import mu_fidelity
@@ -36,6 +43,7 @@ __all__ = [
     "FeatureDistances",
     "Interpolation",
     "Interval",
+    "Neighbour",
     "RedrawScores",
     "SwapScores",
     "area_before",
@@ -57,6 +65,7 @@ __all__ = [
     "latent_interpolation",
     "max_hit",
     "mu_fidelity",
+    "nearest_unlike_neighbour",
     "occlusion",
     "paired_bootstrap",
     "parts_in_cell",

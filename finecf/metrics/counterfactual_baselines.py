@@ -1,7 +1,8 @@
-"""Counterfactual images to compare Mirror-CFE with: adversarial ones, and plain interpolation between latents.
+"""Counterfactual images to compare Mirror-CFE with: adversarial ones, plain interpolation between latents, and the
+nearest real image of the target class.
 
 An adversarial image shows what validity and L1 are worth without faithfulness; the interpolation, decoded by the same
-decoder, what the reflection adds to it.
+decoder, what the reflection adds to it; the real image, how far away the other class is.
 """
 
 from __future__ import annotations
@@ -173,6 +174,68 @@ def _unit(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Neighbour:
+    """What `nearest_unlike_neighbour` found.
+
+    Attributes:
+        images: [B,C,H,W], real images of the target.
+        reference: int64 [B], their numbers in `references`.
+        distance: float64 [B], mean absolute difference of a pixel and channel.
+    """
+
+    images: Tensor
+    reference: Tensor
+    distance: Tensor
+
+
+def nearest_unlike_neighbour(
+    classifier: Classifier,
+    images: Tensor,
+    target: Tensor | int,
+    references: Tensor,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+) -> Neighbour:
+    """The real image of the target class that is nearest in pixels, by L1 (ties: the first).
+
+    A counterfactual that is a real image by construction (nearest unlike neighbour: Nugent and Cunningham, 2005). Its
+    distance tells what an L1 is worth: how much must change until one sees the other class in pictures that exist.
+
+    Args:
+        classifier: what `finecf.wrap` returned.
+        images: floating [B,C,H,W] or [C,H,W], as the classifier takes them.
+        target: class wanted, an int or int64 [B].
+        references: [N,C,H,W], real images of the same size, of any classes. Those count whose predicted class (and
+            label, where there are `labels`) is the target.
+        labels: int64 [N].
+        batch_size: images at a time in the classifier.
+
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: wrong shapes, NaN or inf, or no reference is of a target class.
+    """
+    images, references = (
+        as_images(each, name).to(classifier.device) for each, name in ((images, "images"), (references, "references"))
+    )
+    if images.shape[1:] != references.shape[1:]:
+        raise ValueError(f"references are {list(references.shape[1:])}, the images {list(images.shape[1:])}.")
+    wanted = as_classes(target, len(images), images.device)
+    rows = rows_per_batch(references, batch_size, None)
+    _some(references)
+    predicted = torch.cat([classifier.logits(x).argmax(1) for x in references.split(rows)])
+    members = _members(_agreed(predicted, labels), wanted)
+    nearest = torch.empty_like(wanted)
+    distance = torch.empty(len(images), dtype=torch.float64, device=images.device)
+    for b, number in enumerate(wanted.tolist()):
+        # One image at a time, chunk by chunk: the differences of all would be as large as all pairs of images.
+        parts = [(references[own] - images[b]).abs().flatten(1).mean(1) for own in members[number].split(rows)]
+        distance[b], place = torch.cat(parts).double().min(0)
+        nearest[b] = members[number][place]
+    return Neighbour(references[nearest], nearest, distance)
+
+
+@dataclass(frozen=True, eq=False)
 class Interpolation:
     """What `latent_interpolation` found.
 
@@ -267,34 +330,47 @@ class _Known:
 
     @staticmethod
     def of(classifier: Classifier, references: Tensor, labels: Tensor | None, rows: int) -> _Known:
-        if len(references) == 0:
-            raise ValueError("references is empty; give real images of the target classes.")
+        _some(references)
         latents, predicted = [], []
         for x in references.split(rows):
             features, logits = classifier.features_and_logits(x)
             latents.append(features.mean((2, 3)).double())
             predicted.append(logits.argmax(1))
-        classes = torch.cat(predicted)
-        if labels is not None:
-            named = as_classes(labels, len(references), classes.device, "labels")
-            classes = torch.where(named == classes, classes, -1)
-        return _Known(torch.cat(latents), classes)
+        return _Known(torch.cat(latents), _agreed(torch.cat(predicted), labels))
 
     def nearest(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Number and distance of the nearest reference of each target class, int64 and float64 [B]."""
         chosen = torch.empty_like(target)
         distance = torch.empty(len(target), dtype=torch.float64, device=target.device)
-        for number in target.unique().tolist():
-            members = (self.classes == number).nonzero()[:, 0]
-            if len(members) == 0:
-                raise ValueError(
-                    f"no reference is recognised as class {number}, the target; give real images of that class."
-                )
+        for number, members in _members(self.classes, target).items():
             rows = (target == number).nonzero()[:, 0]
             apart = torch.stack([(self.latents[members] - latents[row]).norm(dim=1) for row in rows])
             distance[rows], place = apart.min(1)
             chosen[rows] = members[place]
         return chosen, distance
+
+
+def _some(references: Tensor) -> None:
+    if len(references) == 0:
+        raise ValueError("references is empty; give real images of the target classes.")
+
+
+def _agreed(predicted: Tensor, labels: Tensor | None) -> Tensor:
+    """The class each reference counts for: the predicted one, -1 where its label is another."""
+    if labels is None:
+        return predicted
+    return torch.where(as_classes(labels, len(predicted), predicted.device, "labels") == predicted, predicted, -1)
+
+
+def _members(classes: Tensor, target: Tensor) -> dict[int, Tensor]:
+    """For each class that is a target, the numbers of the references that count for it."""
+    members = {number: (classes == number).nonzero()[:, 0] for number in target.unique().tolist()}
+    for number, own in members.items():
+        if len(own) == 0:
+            raise ValueError(
+                f"no reference is recognised as class {number}, the target; give real images of that class."
+            )
+    return members
 
 
 @dataclass(frozen=True, eq=False)

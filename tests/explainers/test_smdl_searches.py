@@ -23,11 +23,14 @@ from finecf.explainers._subset import (
     Problem,
     Search,
     Slopes,
+    Step,
     Trace,
     bidirectional,
+    guided,
     lazy,
     phases,
     prefixes,
+    swaps,
     window,
 )
 from finecf.explainers._surrogate import Residuals, Surrogate
@@ -162,8 +165,11 @@ SLOPES = Slopes(*torch.zeros(3, 20, dtype=torch.float64))
 
 def asks_of(trace: Trace, value: Tensor) -> list[Ask]:
     """What the window search asks for, answered from additive values."""
+    return answered(window(trace), value)
+
+
+def answered(search: Search, value: Tensor) -> list[Ask]:
     asks = []
-    search = window(trace)
     ask = next(search, None)
     while ask is not None:
         if isinstance(ask, AskSlopes):
@@ -194,8 +200,8 @@ def test_the_window_scores_the_best_guesses() -> None:
     asks = asks_of(trace, value)
     assert trace.order == list(range(m - 1, -1, -1))
     assert len(asks[0].candidates) == m
-    assert [len(ask.candidates) for ask in asks[1:]] == [6] * 14 + [4] * 10 + [3] * 23 + [2, 1]
-    assert guesser.slopes == [True] * 24 + [False] * 25  # of sets of less than half of the regions
+    assert [len(ask.candidates) for ask in asks[1:]] == [4] * 14 + [2] * 34 + [1]
+    assert guesser.slopes == [True] * 14 + [False] * 35  # of sets of less than a third of the regions
     assert all(ask.removed for ask in asks)
     assert guesser.learnt == [(step, ask.candidates) for step, ask in enumerate(asks)]
 
@@ -209,12 +215,15 @@ def test_gradients_are_asked_for_where_they_spare_more_than_they_cost() -> None:
         assert sum(guesser.slopes) == asked
 
 
-def test_the_window_cannot_find_what_is_guessed_badly() -> None:
+def test_bad_guesses_are_mended_by_swaps() -> None:
     value = torch.arange(20, dtype=torch.float64)
     trace = Trace(problem(20, Table((-value).tolist(), (-3 * value).tolist())))
-    asks_of(trace, value)
+    search = guided(trace, trace.problem.guesser, 1.0)
+    answered(search, value)
     assert trace.order[0] == 19
     assert trace.order[1] == 1  # the better of the two that look best
+    answered(swaps(trace), value)
+    assert trace.order == list(range(19, -1, -1))
 
 
 def test_the_window_runs_kept_images_alone_where_the_removed_ones_say_little() -> None:
@@ -224,7 +233,7 @@ def test_the_window_runs_kept_images_alone_where_the_removed_ones_say_little() -
     asks = asks_of(trace, value)
     assert trace.order == list(range(m - 1, -1, -1))
     sides = [(ask.removed, len(ask.candidates)) for ask in asks[1:5]]
-    assert sides == [(False, 4), (True, 1), (False, 4), (True, 1)]
+    assert sides == [(False, 3), (True, 1), (False, 3), (True, 1)]
 
 
 def test_the_window_needs_no_second_look_without_the_collaboration_term() -> None:
@@ -234,8 +243,101 @@ def test_the_window_needs_no_second_look_without_the_collaboration_term() -> Non
     trace.problem.weights[3] = 0
     asks = asks_of(trace, value)
     assert trace.order == list(range(m - 1, -1, -1))
-    assert [len(ask.candidates) for ask in asks[1:4]] == [4, 4, 4]
+    assert [len(ask.candidates) for ask in asks[1:4]] == [3, 3, 3]
+    assert not any(ask.removed for ask in asks[1:18])
     assert len(asks) == m
+
+
+def ranked(order: list[int], score: Score, scored: list[set[int]]) -> Trace:
+    """A search that has ended, with what it scored in each step beside what it took."""
+    trace = Trace(problem(len(order)))
+    for place, region in enumerate(order):
+        total = score(frozenset(order[: place + 1]))
+        trace.scored.append({region, *scored[place]})
+        trace.append(region, Step((0.0,) * 4, total, 0.0, 0.0, 0.0, False))
+    return trace
+
+
+def totals(trace: Trace) -> list[float]:
+    return [step.total for step in trace.steps if step is not None]
+
+
+def test_regions_that_the_windows_missed_move_to_where_they_belong() -> None:
+    value = torch.tensor([9.0, 7.0, 5.0, 3.0, 1.0], dtype=torch.float64)
+
+    def score(chosen: frozenset[int]) -> float:
+        return float(value[sorted(chosen)].sum())
+
+    trace = ranked([1, 2, 4, 0, 3], score, [set()] * 5)
+    trace.ties = [1, 4]
+    asked = drive(swaps(trace), score)
+    assert trace.order == [0, 1, 2, 3, 4]
+    assert totals(trace) == [9, 16, 21, 24, 25]
+    assert asked == trace.asked == 4  # 0 past 4, 2 and 1; 3 past 4; nothing else gained more than the one before
+    assert trace.ties == []
+
+
+def test_what_was_a_candidate_before_is_not_tried_again() -> None:
+    def score(chosen: frozenset[int]) -> float:
+        return float(sum(chosen))
+
+    trace = ranked([0, 2, 1], score, [{1, 2}, set(), set()])
+    assert drive(swaps(trace), score) == 0
+    assert trace.order == [0, 2, 1]
+
+
+def test_a_swap_that_scores_no_more_is_not_made() -> None:
+    """The gain of 1 is due to 0: alone it is worth nothing."""
+
+    def score(chosen: frozenset[int]) -> float:
+        return 1.0 * (0 in chosen) + 5.0 * ({0, 1} <= chosen)
+
+    trace = ranked([0, 1], score, [set(), set()])
+    assert drive(swaps(trace), score) == 1
+    assert trace.order == [0, 1]
+    assert trace.scored == [{0, 1}, {1}]
+    noisy = ranked([0, 1], lambda chosen: sum(chosen) + 1.0, [set(), set()])
+    noisy.problem.noise = 0.2
+    drive(swaps(noisy), lambda chosen: sum(chosen) + 1.0)
+    assert noisy.order == [0, 1]  # 1 more is less than ten times the noise
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_swaps_lower_no_score_along_the_order_and_leave_the_other_sets(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    worth: dict[frozenset[int], float] = {}
+
+    def score(chosen: frozenset[int]) -> float:
+        return worth.setdefault(chosen, float(torch.rand((), generator=generator)) + len(chosen))
+
+    order = torch.randperm(9, generator=generator).tolist()
+    trace = ranked(order, score, [set()] * 9)
+    before = totals(trace)
+    drive(swaps(trace), score)
+    assert sorted(trace.order) == sorted(order)
+    assert all(after >= own for after, own in zip(totals(trace), before, strict=True))
+    assert totals(trace) == [score(frozenset(trace.order[:k])) for k in range(1, 10)]
+
+
+def test_swaps_that_reach_the_score_that_stops_end_the_order_there() -> None:
+    def score(chosen: frozenset[int]) -> float:
+        return float(sum(chosen) + len(chosen))
+
+    trace = ranked([0, 1, 2], score, [set()] * 3)
+    trace.problem.stop_score = 5.0
+    drive(swaps(trace), score)
+    assert trace.order == [2, 1]
+    assert totals(trace) == [3, 5]
+
+
+def test_the_window_finds_late_what_it_guessed_low() -> None:
+    """Region 18 is guessed last: it is met in the last step, and moves to where it belongs."""
+    value = torch.arange(20, dtype=torch.float64)
+    guess = value.clone()
+    guess[18] = -1
+    trace = Trace(problem(20, Table(guess.tolist(), (3 * guess).tolist())))
+    asks_of(trace, value)
+    assert trace.order == list(range(19, -1, -1))
 
 
 def test_residuals_are_known_where_they_were_learnt_and_forgotten_far_away() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import finecf
 from finecf.explainers._evaluation import Evaluation, Group, Terms
 from finecf.explainers._slopes import SHOWN, RegionSlopes
-from finecf.explainers._subset import Answer, Ask, AskSlopes, Chosen, Slopes
+from finecf.explainers._subset import SLOPES_COST, Answer, Ask, AskSlopes, Chosen, Slopes
 from finecf.explainers._surrogate import Surrogate
 from finecf.models.runner import Runner
 
@@ -203,7 +203,7 @@ class Overwriting(Net):
     ("kind", "reason"), [(NoGraph, "grad"), (OneWay, "NotImplementedError"), (Overwriting, "overwritten")]
 )
 def test_a_model_without_gradients_is_searched_without_them_and_the_result_says_so(
-    kind: type[Net], reason: str
+    kind: type[Net], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = pictures(1)[0]
     labels = finecf.regions.grid(12, 12, 16)
@@ -215,7 +215,12 @@ def test_a_model_without_gradients_is_searched_without_them_and_the_result_says_
     said = [any("without the model's gradients" in note for note in result.notes) for result in results]
     assert said == [True, False]
     assert reason in " ".join(results[0].notes)
-    assert results[0].evaluations < results[1].evaluations
+    monkeypatch.setattr("finecf.explainers._subset.SLOPES_COST", math.inf)
+    (never,) = finecf.SMDL(finecf.wrap(kind().to(DEVICE), layer="layer"), search="window").explain(
+        image, regions=labels
+    )
+    assert results[0].order == never.order
+    assert 0 < results[0].evaluations - never.evaluations <= SLOPES_COST  # one attempt, and no more
 
 
 def test_a_model_that_works_in_place_on_its_input_gives_gradients() -> None:

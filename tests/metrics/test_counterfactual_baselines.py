@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import finecf
 from finecf.data import digits
-from finecf.metrics import counterfactual_scores, latent_interpolation, pgd
+from finecf.metrics import counterfactual_scores, latent_interpolation, nearest_unlike_neighbour, pgd
 from finecf.models.decoder import MirrorDecoder, Shape, activation_prior, shape_of
 from finecf.training import load_digits_net
 
@@ -373,3 +373,51 @@ def test_interpolation_of_no_images(painting):
     assert found.images.shape == (0, 3, 32, 32)
     assert found.strip.shape == (0, 3, 3, 32, 32)
     assert found.reference.shape == found.k.shape == (0,)
+
+
+def test_the_nearest_unlike_neighbour_is_that_of_a_slow_search(painting):
+    classifier = painting.classifier
+    x, references = images(6), images(50, seed=7)
+    target = (classifier.logits(x).argmax(1) + 1) % 3
+    found = nearest_unlike_neighbour(classifier, x, target, references, batch_size=7)
+    said = classifier.logits(references).argmax(1)
+    for b in range(6):
+        apart = {n: float((references[n] - x[b]).abs().mean()) for n in range(50) if said[n] == target[b]}
+        nearest = min(apart, key=apart.__getitem__)
+        assert int(found.reference[b]) == nearest
+        assert float(found.distance[b]) == pytest.approx(apart[nearest], rel=1e-6)
+        assert torch.equal(found.images[b], references[nearest])
+    assert torch.equal(classifier.logits(found.images).argmax(1), target)
+    labels = said.clone()
+    labels[found.reference] = -1
+    other = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
+    assert not torch.isin(other.reference, found.reference).any()
+    assert bool((other.distance >= found.distance).all())
+
+
+def test_the_first_of_equally_near_neighbours_and_no_images(painting):
+    red = torch.zeros(3, 3, 32, 32, device=DEVICE)
+    red[:, 0] = 1
+    found = nearest_unlike_neighbour(painting.classifier, red[0], 0, red)
+    assert found.reference.tolist() == [0]
+    assert found.distance.tolist() == [0.0]
+    none = nearest_unlike_neighbour(painting.classifier, red[:0], 0, red)
+    assert none.images.shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"references": torch.rand(2, 3, 16, 16)}, r"references are \[3, 16, 16\], the images \[3, 32, 32\]"),
+        ({"references": torch.empty(0, 3, 32, 32)}, "references is empty"),
+        ({"images": torch.full((2, 3, 32, 32), math.nan)}, "images hold NaN"),
+        ({"target": 3}, "no reference is recognised as class 3"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "with B = 2"),
+        ({"labels": torch.ones(2, dtype=torch.int64)}, "no reference is recognised as class 0"),
+    ],
+)
+def test_bad_neighbours_get_a_sentence(painting, change, sentence):
+    red = torch.zeros(2, 3, 32, 32)
+    red[:, 0] = 1
+    with pytest.raises(ValueError, match=sentence):
+        nearest_unlike_neighbour(painting.classifier, **{"images": red, "target": 0, "references": red, **change})
