@@ -10,8 +10,8 @@ until source and target have swapped their logits' distance. "denoised": after a
 Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD and real
 images, which have none, that of Mirror-CFE at k = 1. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
 the largest change of a pixel. "nearest real image": of those among which the interpolation looks for its end, the one
-of the target class that is nearest in pixels. The interpolation is not corrected; --corrections 0 draws Mirror-CFE's
-images once.
+of the target class that is nearest in pixels; its FID compares real images with a set that holds them. The
+interpolation is not corrected; --corrections 0 draws Mirror-CFE's images once.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts. --validation takes
 images that no other run grades, for choosing settings: birds of the validation split, garments that the 600 leave over.
@@ -237,7 +237,7 @@ def redrawn(
     birds = SyntheticBirds(split_of("birds", options), n=options.images)
     items = [birds[int(number)] for number in numbers]
     true = torch.stack([birds.redraw(item, int(label)).tensor for item, label in zip(items, target, strict=True)])
-    changed = float(redraw_distances(birds, items, x, true, target).changed.nanmean())
+    differing = float(redraw_distances(birds, items, x, true, target).differing.nanmean())
     recognised = torch.cat([classifier.logits(part).argmax(1) for part in true.split(64)]) == target
     table = Table("birds: against the redrawn counterfactual", [])
     for name, images in drawn.items():
@@ -264,7 +264,8 @@ def redrawn(
     table.notes.append(
         "Energy: share of the change that lies on the visible parts that differ; grown: by half a cell of the map. "
         "Inside, outside: L1 to the redrawn bird minus that of the image itself, paired; negative is closer. "
-        f"{changed:.1%} of the pixels inside differ between image and redrawn bird at all. "
+        f"{differing:.1%} of the pixels inside differ between image and redrawn bird by more than a level of 255 (mean "
+        "over birds). "
         f"The classifier calls {float(recognised.double().mean()):.1%} of the truly redrawn birds the target."
     )
     return table

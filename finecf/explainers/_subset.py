@@ -36,8 +36,13 @@ class Chosen:
     def of(distance: Tensor, regions: Sequence[int]) -> Chosen:
         """The set of these regions."""
         chosen = Chosen(distance)
-        for region in regions:
-            chosen.add(region)
+        if regions:
+            members = torch.as_tensor(regions)
+            columns = distance[:, members]
+            columns[members, torch.arange(len(members))] = math.inf
+            chosen.nearest = columns.amin(1)
+            chosen.selected[members] = True
+            chosen.size = len(members)
         return chosen
 
     def add(self, region: int) -> None:
@@ -148,7 +153,7 @@ class Trace:
         compared, violations, negative: how many gains were measured again after the set had grown, how many of them
             had grown beyond the noise against diminishing returns, and how many gains of all were below zero.
         growth: the most that a gain grew.
-        scored: for each step, the candidates that were scored there.
+        seen: for each step, the candidates that the model was shown there, if only with their regions kept.
         asked: candidates scored.
         uncertain: picks whose bound could not rule out a better candidate.
     """
@@ -161,7 +166,7 @@ class Trace:
     violations: int = 0
     negative: int = 0
     growth: float = 0.0
-    scored: list[set[int]] = field(default_factory=list)
+    seen: list[set[int]] = field(default_factory=list)
     asked: int = 0
     uncertain: int = 0
 
@@ -174,13 +179,11 @@ class Trace:
     @property
     def finished(self) -> bool:
         """Whether no region is left, or enough have been ranked."""
-        problem = self.problem
-        return (
-            not self.open
-            or len(self.order) >= problem.max_regions
-            or self.area >= problem.max_area * sum(problem.sizes)
-            or self.score >= problem.stop_score
-        )
+        return not self.open or len(self.order) >= self.problem.max_regions or self.enough(self.area, self.score)
+
+    def enough(self, area: int, score: float) -> bool:
+        """Whether a set of so many pixels and this score is one to stop at."""
+        return area >= self.problem.max_area * sum(self.problem.sizes) or score >= self.problem.stop_score
 
     def measure(self, answer: Answer) -> None:
         """Note the gains of the candidates over the present set, and how they changed since they were last measured."""
@@ -197,10 +200,10 @@ class Trace:
         self.gains[answer.candidates] = gains
 
     def look(self, answer: Answer) -> None:
-        """Note that these candidates have been scored in the present step."""
+        """Note that the model was shown these candidates in the present step."""
         self.asked += len(answer.candidates)
-        self.scored += [set() for _ in range(len(self.order) + 1 - len(self.scored))]
-        self.scored[-1].update(answer.candidates)
+        self.seen += [set() for _ in range(len(self.order) + 1 - len(self.seen))]
+        self.seen[-1].update(answer.candidates)
 
     def take(self, answer: Answer, position: int) -> int:
         """Rank the candidate at a position of the answer next; return its region."""
@@ -213,8 +216,7 @@ class Trace:
 
     def keep_scored(self) -> None:
         """Leave out what was not scored before an interruption."""
-        end = self.steps.index(None) if None in self.steps else len(self.steps)
-        del self.order[end:], self.steps[end:]
+        self.cut(self.steps.index(None) if None in self.steps else len(self.steps))
 
     def append(self, region: int, step: Step | None) -> None:
         """Rank a region next."""
@@ -234,11 +236,17 @@ class Trace:
     def swap(self, k: int, step: Step) -> None:
         """Rank the region at place k one place earlier; `step`: the set that it then ends."""
         order = self.order
+        self.steps[k - 1] = None  # an interruption in between leaves the order whole up to here
         order[k - 1], order[k] = order[k], order[k - 1]
         self.steps[k - 1] = step
-        self.scored[k - 1].add(order[k - 1])
-        self.scored[k] = {order[k]}  # the others there were scored beside another set
+        self.seen[k - 1].add(order[k - 1])
+        self.seen[k] = {order[k]}  # the others were seen beside another set
         self.ties = [tie for tie in self.ties if tie not in (k, k + 1)]
+
+    def cut(self, end: int) -> None:
+        """Leave out all places from `end` on."""
+        del self.order[end:], self.steps[end:]
+        self.ties = [tie for tie in self.ties if tie <= end]
 
 
 Search = Generator[Ask | AskSlopes, Any, None]
@@ -351,6 +359,9 @@ them miss, `swaps` mends for two images each."""
 ONE_SIDED: Final = 8.0
 """Where the kept images tell the candidates apart by so many times more than the removed ones, they alone are run."""
 
+TRIES: Final = 2.0
+"""Swaps tried at most, for each region."""
+
 SLOPES_COST: Final = 5
 """Images that slopes cost: two forwards and three backwards. They are not asked for where they spare no more."""
 
@@ -420,27 +431,37 @@ def _widths(ranked: int, regions: int, wider: float) -> tuple[int, int]:
 def swaps(trace: Trace) -> Search:
     """Rank regions earlier that the windows have missed (ours).
 
-    A region that was no candidate in a step and is ranked in the next one, with more gain, may have been worth more in
+    A region that was not looked at in a step and is ranked in the next one, with more gain, may have been worth more in
     that step, too. Where it is, the two swap places, and the region is compared with the one before. This changes the
-    set between the two alone: all other sets stay as they were scored.
+    set between the two alone: all other sets stay as they were scored. Where that set is one to stop at, the order ends
+    with it. At most `TRIES` times as many sets are scored as there are regions.
     """
     problem = trace.problem
     slack = NOISE_FACTOR * problem.noise
-    for last in range(1, len(trace.order)):
+    left = round(TRIES * problem.regions)
+    last = 1
+    while last < len(trace.order):
         for k in range(last, 0, -1):
             region, step = trace.order[k], trace.steps[k - 1]
-            if step is None or region in trace.scored[k - 1] or trace.gain(k) <= trace.gain(k - 1):
+            if step is None or region in trace.seen[k - 1] or trace.gain(k) <= trace.gain(k - 1) + slack:
                 break
+            if left == 0:
+                return
+            left -= 1
             ahead = Chosen.of(problem.distance, trace.order[: k - 1])
             answer = yield Ask(ahead, [region], removed=bool(problem.weights[3] != 0))
             trace.asked += 1
-            if float(answer.total[0]) <= step.total + slack:
-                trace.scored[k - 1].add(region)
+            more = float(answer.total[0]) - step.total
+            if more <= slack:
+                trace.seen[k - 1].add(region)
+                if more >= -slack and k not in trace.ties:
+                    trace.ties = sorted([*trace.ties, k])
                 break
             trace.swap(k, step_of(answer, 0))
-    reached = [k for k, step in enumerate(trace.steps, 1) if step is not None and step.total >= problem.stop_score]
-    if reached:
-        del trace.order[reached[0] :], trace.steps[reached[0] :]
+            area = sum(problem.sizes[each] for each in trace.order[:k])
+            if trace.enough(area, float(answer.total[0])):
+                trace.cut(k)
+        last += 1
 
 
 def phases(trace: Trace, share: float, picks: float) -> Search:

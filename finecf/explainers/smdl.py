@@ -339,8 +339,8 @@ class SMDL:
 
         def report(done: int) -> None:
             nonlocal shown_progress
-            advance(done - shown_progress)
-            shown_progress = done
+            advance(max(0, done - shown_progress))  # an order that swaps end earlier takes nothing back
+            shown_progress = max(done, shown_progress)
 
         def count_ranked() -> None:
             report(sum(min(len(trace.order), self.region_count) for trace in traces))
@@ -365,7 +365,10 @@ class SMDL:
                 result.notes.append(f"candidates were guessed without the model's gradients: {slopes.refusal}")
         if interrupted is not None:
             for result in results:
-                result.notes.append(f"interrupted after {len(result.order)} of {result.region_count} regions")
+                result.notes.append(
+                    f"interrupted after {len(result.order)} of {result.region_count} regions"
+                    + (", perhaps before the search was done with them" if self.search == "window" else "")
+                )
             raise Interrupted(results, len(x)) from interrupted
         return results
 
@@ -473,7 +476,9 @@ class SMDL:
             )
         if self.search == "bidirectional":
             return "the front half is greedy among the regions that the back end has left"
-        return "no candidate that was scored in a step scored more than the region that is ranked there"
+        return (
+            "no candidate that was scored in full in a step scored more, beyond the noise, than the region ranked there"
+        )
 
     def _notes(self, trace: Trace) -> list[str]:
         notes = []

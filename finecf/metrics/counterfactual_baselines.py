@@ -229,8 +229,11 @@ def nearest_unlike_neighbour(
     distance = torch.empty(len(images), dtype=torch.float64, device=images.device)
     for b, number in enumerate(wanted.tolist()):
         # One image at a time, chunk by chunk: the differences of all would be as large as all pairs of images.
-        parts = [(references[own] - images[b]).abs().flatten(1).mean(1) for own in members[number].split(rows)]
-        distance[b], place = torch.cat(parts).double().min(0)
+        parts = [
+            (references[own] - images[b]).abs().flatten(1).mean(1, dtype=torch.float64)
+            for own in members[number].split(rows)
+        ]
+        distance[b], place = torch.cat(parts).min(0)
         nearest[b] = members[number][place]
     return Neighbour(references[nearest], nearest, distance)
 
@@ -364,7 +367,8 @@ def _agreed(predicted: Tensor, labels: Tensor | None) -> Tensor:
 
 def _members(classes: Tensor, target: Tensor) -> dict[int, Tensor]:
     """For each class that is a target, the numbers of the references that count for it."""
-    members = {number: (classes == number).nonzero()[:, 0] for number in target.unique().tolist()}
+    counted = classes >= 0
+    members = {number: (counted & (classes == number)).nonzero()[:, 0] for number in target.unique().tolist()}
     for number, own in members.items():
         if len(own) == 0:
             raise ValueError(

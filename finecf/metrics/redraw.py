@@ -33,8 +33,9 @@ class RedrawScores:
         source_inside, source_outside: of the image it was made from: what changing nothing scores.
         energy: share of the change, |counterfactual - image|, that lies inside; 0 where nothing changed.
         area: share of the picture that is inside: what a change spread evenly scores.
-        changed: share of what is inside at which picture and redrawn picture differ by more than one level of 255 in
-            some channel. A change elsewhere inside moves away from the redrawn picture, whatever its sign.
+        differing: share of what is inside at which image and redrawn picture differ by more than one level of 255 in
+            some channel. Elsewhere inside, a change of more than two levels moves away from the redrawn picture,
+            whatever its sign. Says nothing of images that a decoder has made.
         parts: the parts graded of each picture.
         hidden: pictures left out since no differing part shows enough pixels.
         missing: pictures left out since no counterfactual was found.
@@ -46,7 +47,7 @@ class RedrawScores:
     source_outside: Tensor
     energy: Tensor
     area: Tensor
-    changed: Tensor
+    differing: Tensor
     parts: list[tuple[str, ...]]
     hidden: int
     missing: int
@@ -58,7 +59,7 @@ class RedrawScores:
 
     def means(self) -> dict[str, float]:
         """Mean of every score over the graded pictures; NaN where there are none."""
-        names = ("inside", "outside", "source_inside", "source_outside", "energy", "area", "changed")
+        names = ("inside", "outside", "source_inside", "source_outside", "energy", "area", "differing")
         return {name: float(getattr(self, name).nanmean()) for name in names}
 
 
@@ -107,7 +108,7 @@ def redraw_distances(
                 "undo the scaling first."
             )
     wanted = [birds.class_index(int(label)) for label in as_classes(target, len(images), images.device)]
-    names = ("inside", "outside", "source_inside", "source_outside", "energy", "area", "changed")
+    names = ("inside", "outside", "source_inside", "source_outside", "energy", "area", "differing")
     scores = {name: torch.full((len(items),), math.nan, dtype=torch.float64) for name in names}
     parts: list[tuple[str, ...]] = []
     hidden = 0
@@ -131,7 +132,7 @@ def redraw_distances(
             scores[f"{name}outside"][b] = apart[~inside].mean()
         grown = inside if grid is None else dilate_masks(inside, grid)
         scores["energy"][b] = energy_share((counterfactuals[b] - images[b]).abs().mean(0)[None], grown[None])[0]
-        differs = ((images[b] - true.tensor).abs() > 1.5 / 255).any(0)
-        scores["changed"][b] = differs[inside].double().mean()
+        apart_there = ((images[b] - true.tensor).abs() > 1.5 / 255).any(0)
+        scores["differing"][b] = apart_there[inside].double().mean()
         scores["area"][b] = grown.double().mean()
     return RedrawScores(**scores, parts=parts, hidden=hidden, missing=int((~has).sum()))

@@ -216,14 +216,14 @@ def test_gradients_are_asked_for_where_they_spare_more_than_they_cost() -> None:
 
 
 def test_bad_guesses_are_mended_by_swaps() -> None:
-    value = torch.arange(20, dtype=torch.float64)
-    trace = Trace(problem(20, Table((-value).tolist(), (-3 * value).tolist())))
+    value = torch.arange(8, dtype=torch.float64)
+    trace = Trace(problem(8, Table((-value).tolist(), (-3 * value).tolist())))
     search = guided(trace, trace.problem.guesser, 1.0)
     answered(search, value)
-    assert trace.order[0] == 19
+    assert trace.order[0] == 7
     assert trace.order[1] == 1  # the better of the two that look best
     answered(swaps(trace), value)
-    assert trace.order == list(range(19, -1, -1))
+    assert trace.order == list(range(7, -1, -1))
 
 
 def test_the_window_runs_kept_images_alone_where_the_removed_ones_say_little() -> None:
@@ -248,12 +248,25 @@ def test_the_window_needs_no_second_look_without_the_collaboration_term() -> Non
     assert len(asks) == m
 
 
-def ranked(order: list[int], score: Score, scored: list[set[int]]) -> Trace:
-    """A search that has ended, with what it scored in each step beside what it took."""
+@pytest.mark.parametrize("members", [[], [3], [5, 0, 2, 6]])
+def test_a_set_is_the_same_made_at_once(members: list[int]) -> None:
+    distance = torch.rand(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = distance.clone()
+    grown, made = Chosen(distance), Chosen.of(distance, members)
+    for region in members:
+        grown.add(region)
+    assert made.size == grown.size
+    for name in ("selected", "nearest", "distance"):
+        assert torch.equal(getattr(made, name), getattr(grown, name))
+    assert torch.equal(distance, before)
+
+
+def ranked(order: list[int], score: Score, seen: list[set[int]]) -> Trace:
+    """A search that has ended, with what it looked at in each step beside what it took."""
     trace = Trace(problem(len(order)))
     for place, region in enumerate(order):
         total = score(frozenset(order[: place + 1]))
-        trace.scored.append({region, *scored[place]})
+        trace.seen.append({region, *seen[place]})
         trace.append(region, Step((0.0,) * 4, total, 0.0, 0.0, 0.0, False))
     return trace
 
@@ -295,11 +308,35 @@ def test_a_swap_that_scores_no_more_is_not_made() -> None:
     trace = ranked([0, 1], score, [set(), set()])
     assert drive(swaps(trace), score) == 1
     assert trace.order == [0, 1]
-    assert trace.scored == [{0, 1}, {1}]
+    assert trace.seen == [{0, 1}, {1}]
     noisy = ranked([0, 1], lambda chosen: sum(chosen) + 1.0, [set(), set()])
     noisy.problem.noise = 0.2
     drive(swaps(noisy), lambda chosen: sum(chosen) + 1.0)
-    assert noisy.order == [0, 1]  # 1 more is less than ten times the noise
+    assert noisy.order == [0, 1]  # a gain of 1 more is less than ten times the noise
+    assert noisy.seen == [{0}, {1}]
+
+
+def test_a_swap_within_the_noise_is_a_tie() -> None:
+    """Region 1 gains 5 beside 0, and alone nearly as much as 0."""
+
+    def score(chosen: frozenset[int]) -> float:
+        return {frozenset({0}): 2.0, frozenset({1}): 1.5}.get(chosen, 7.0)
+
+    trace = ranked([0, 1], score, [set(), set()])
+    trace.problem.noise = 0.1
+    assert drive(swaps(trace), score) == 1
+    assert trace.order == [0, 1]
+    assert trace.ties == [1]
+
+
+def test_swaps_are_tried_twice_for_each_region_at_most() -> None:
+    def score(chosen: frozenset[int]) -> float:
+        return float(sum(chosen))
+
+    trace = ranked(list(range(12)), score, [set()] * 12)
+    assert drive(swaps(trace), score) == 24
+    assert trace.order == [6, 5, 4, 3, 7, 2, 1, 0, 8, 9, 10, 11]  # 21 tries, and three more for region 7
+    assert totals(trace) == [score(frozenset(trace.order[:k])) for k in range(1, 13)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -325,9 +362,22 @@ def test_swaps_that_reach_the_score_that_stops_end_the_order_there() -> None:
 
     trace = ranked([0, 1, 2], score, [set()] * 3)
     trace.problem.stop_score = 5.0
+    trace.ties = [1, 3]
     drive(swaps(trace), score)
     assert trace.order == [2, 1]
     assert totals(trace) == [3, 5]
+    assert trace.ties == []
+
+
+def test_swaps_that_reach_the_area_that_stops_end_the_order_there() -> None:
+    def score(chosen: frozenset[int]) -> float:
+        return float(sum(chosen))
+
+    trace = ranked([0, 1, 2], score, [set()] * 3)
+    trace.problem.sizes = [2, 1, 6]
+    trace.problem.max_area = 7 / 9
+    drive(swaps(trace), score)
+    assert trace.order == [2, 1]
 
 
 def test_the_window_finds_late_what_it_guessed_low() -> None:

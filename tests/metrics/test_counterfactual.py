@@ -511,8 +511,8 @@ def test_redraw_distances_by_a_slow_transcription(birds):
         assert float(scores.source_inside[b]) == pytest.approx(before[inside].mean(), abs=1e-6)
         assert float(scores.source_outside[b]) == pytest.approx(before[~inside].mean(), abs=1e-6)
         levels = np.rint(255 * np.abs(x[b].numpy().astype(float) - true.tensor.numpy())).max(0)
-        assert float(scores.changed[b]) == pytest.approx((levels >= 2)[inside].mean())
-        assert 0 < float(scores.changed[b]) <= 1
+        assert float(scores.differing[b]) == pytest.approx((levels >= 2)[inside].mean())
+        assert 0 < float(scores.differing[b]) <= 1
         change = np.abs(drawn[b].numpy().astype(float) - x[b].numpy()).mean(0)
         for found, mask in (
             (plain, inside),

@@ -382,7 +382,7 @@ def test_the_nearest_unlike_neighbour_is_that_of_a_slow_search(painting):
     found = nearest_unlike_neighbour(classifier, x, target, references, batch_size=7)
     said = classifier.logits(references).argmax(1)
     for b in range(6):
-        apart = {n: float((references[n] - x[b]).abs().mean()) for n in range(50) if said[n] == target[b]}
+        apart = {n: float((references[n] - x[b]).double().abs().mean()) for n in range(50) if said[n] == target[b]}
         nearest = min(apart, key=apart.__getitem__)
         assert int(found.reference[b]) == nearest
         assert float(found.distance[b]) == pytest.approx(apart[nearest], rel=1e-6)
@@ -398,7 +398,7 @@ def test_the_nearest_unlike_neighbour_is_that_of_a_slow_search(painting):
 def test_the_first_of_equally_near_neighbours_and_no_images(painting):
     red = torch.zeros(3, 3, 32, 32, device=DEVICE)
     red[:, 0] = 1
-    found = nearest_unlike_neighbour(painting.classifier, red[0], 0, red)
+    found = nearest_unlike_neighbour(painting.classifier, red[0], 0, red, batch_size=1)
     assert found.reference.tolist() == [0]
     assert found.distance.tolist() == [0.0]
     none = nearest_unlike_neighbour(painting.classifier, red[:0], 0, red)
@@ -414,6 +414,7 @@ def test_the_first_of_equally_near_neighbours_and_no_images(painting):
         ({"target": 3}, "no reference is recognised as class 3"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "with B = 2"),
         ({"labels": torch.ones(2, dtype=torch.int64)}, "no reference is recognised as class 0"),
+        ({"target": -1, "labels": torch.ones(2, dtype=torch.int64)}, "no reference is recognised as class -1"),
     ],
 )
 def test_bad_neighbours_get_a_sentence(painting, change, sentence):
