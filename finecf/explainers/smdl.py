@@ -342,8 +342,8 @@ class SMDL:
             advance(max(0, done - shown_progress))  # an order that swaps end earlier takes nothing back
             shown_progress = max(done, shown_progress)
 
-        def count_ranked() -> None:
-            report(sum(min(len(trace.order), self.region_count) for trace in traces))
+        def count_ranked() -> None:  # the last region counts when the search is done: it may go on after ranking it
+            report(sum(min(len(trace.order), self.region_count - 1) for trace in traces))
 
         try:
             evaluation.run(group, [SEARCHES[self.search](trace) for trace in traces], after_round=count_ranked)
@@ -375,7 +375,7 @@ class SMDL:
     def _guesses(self, runner: Runner, group: Group, maps: Tensor, micro_batch: int) -> list[Surrogate | None]:
         """What the window search orders its candidates by; None where it is not asked for or the head does not fold."""
         count = len(group.regions)
-        fold = self.classifier.fold(maps) if self.search == "window" else None
+        fold = self.classifier.fold(maps, group.images) if self.search == "window" else None
         if fold is None:
             return [None] * count
         one_colour = group.baseline.ndim == 1

@@ -333,10 +333,12 @@ class Classifier:
 
     # The head
 
-    def fold(self, features: Tensor) -> HeadFold | None:
+    def fold(self, features: Tensor, images: Tensor | None = None) -> HeadFold | None:
         """The head as sums over cells, checked on `features` [B,D,H,W]; None where it is no such sum.
 
-        `fold_reason` says which kind it is, or why there is none (kernels: linear, first linear, generic).
+        `fold_reason` says which kind it is, or why there is none (kernels: linear, first linear, generic). `images`:
+        those of the maps, [B,Ch,H,W]; where the head reads the image's shape and no image of it has been run by this
+        classifier, the first ones are.
         """
         if self._head_function is not None:
             self.fold_reason = "none: the head is a function given by the user, which is run as it is"
@@ -345,6 +347,12 @@ class Classifier:
             raise ValueError("features is an empty batch; the head is folded on at least one map")
         if not all_finite(features):
             raise ValueError(f"features of layer {self.layer_name!r} holds NaN or inf")
+        if images is not None and self._tail.needs_image and tuple(features.shape[1:]) not in self._image_shapes:
+            try:
+                self.features(images[:_CHECKED_IMAGES])
+            except ValueError as error:
+                self.fold_reason = f"none: {error}"
+                return None
         if self._folder is None:
             self._folder = HeadFolder(
                 self.model, self._head_name, self._head_logits, self._finish, self._tail_of, self._dtype

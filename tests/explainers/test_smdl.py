@@ -396,6 +396,41 @@ def test_ctrl_c_keeps_what_is_done() -> None:
     assert any("interrupted after" in note for note in kept[8].notes)
 
 
+class Around(Net):
+    """Its logits are no function of the block's map alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean((1, 2, 3))[:, None] * torch.arange(5, device=x.device)
+
+
+def test_a_window_search_does_without_guesses_where_something_goes_around_the_layer() -> None:
+    clf = finecf.wrap(Around().to(DEVICE), layer="block")
+    (result,) = finecf.SMDL(clf, search="window").explain(
+        pictures(1, dtype=torch.float32), regions=finecf.regions.grid(12, 12, 16)
+    )
+    assert sorted(result.order) == list(range(16))
+    assert clf.fold_reason is not None
+    assert "goes around the layer" in clf.fold_reason
+
+
+def test_ctrl_c_while_a_window_search_swaps_keeps_the_whole_order() -> None:
+    clf, image = finecf.wrap(Interrupting().to(DEVICE), layer="block"), pictures(1, dtype=torch.float32)
+    labels = finecf.regions.grid(12, 12, 36)
+    explainer = finecf.SMDL(clf, search="window", micro_batch=4)
+    explainer.explain(image, regions=labels)  # the first call also runs an image for the head
+    (whole,), began = explainer.explain(image, regions=labels), Interrupting.left
+    explainer.explain(image, regions=labels)
+    Interrupting.left = began - Interrupting.left - 1
+    with pytest.raises(Interrupted) as caught:
+        explainer.explain(image, regions=labels)
+    Interrupting.left = 10**9
+    (kept,) = caught.value.explanations
+    assert sorted(kept.order) == list(range(36))
+    assert kept.order != whole.order  # it was ranked, and not yet swapped throughout
+    assert any("perhaps before the search was done" in note for note in kept.notes)
+    assert float(kept.total.mean()) < float(whole.total.mean())
+
+
 def test_the_progress_bar_counts_regions(capsys: pytest.CaptureFixture[str]) -> None:
     finecf.SMDL(classifier(), region_count=9, progress=True).explain(
         pictures(2), regions=finecf.regions.grid(12, 12, 9)
