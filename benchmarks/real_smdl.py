@@ -6,9 +6,10 @@
 The folder of photographs, models and weights is found at FINECF_REALDATA, else at ../shared/realdata: `--right` bird
 photographs that the model gets right, all that it gets wrong (target: the true class), and the ImageNet photographs of
 dogs (target: the predicted class). `--part 1/2` takes every second image, for two processes side by side; what is
-finished is kept in the file, and a second call goes on from there. `--precision bfloat16` makes the maps with forwards
-in half precision; the curves are always of the model as it is. What is removed shows the mean colour of the
-photographs, in SMDL and in the evaluator alike.
+finished is kept in the file, and a second call goes on from there. `--again` makes the rows of the window search anew;
+the others, which do not depend on it, stay. `--precision bfloat16` makes the maps with forwards in half precision; the
+curves are always of the model as it is. What is removed shows the mean colour of the photographs, in SMDL and in the
+evaluator alike.
 """
 
 from __future__ import annotations
@@ -72,9 +73,16 @@ def photographs(root: Path, right: int) -> dict[str, tuple[Any, Tensor, Tensor]]
 
 
 def evaluate(
-    clf: Any, runners: tuple[Runner, Runner], image: Tensor, target: int, colour: Tensor, greedy: bool, precision: str
+    clf: Any,
+    runners: tuple[Runner, Runner],
+    image: Tensor,
+    target: int,
+    colour: Tensor,
+    greedy: bool,
+    precision: str,
+    known: dict[str, Any],
 ) -> dict[str, Any]:
-    """All scores of one image; the first runner reads curves, the second makes maps."""
+    """All scores of one image, those that are known with them; the first runner reads curves, the second makes maps."""
     x, wanted = image[None], torch.tensor([target])
     classify, explore = (lambda images, run=run: run(run.layout(images)) for run in runners)
 
@@ -86,6 +94,8 @@ def evaluate(
     if greedy:
         settings |= {"SMDL greedy": ("greedy", PUBLISHED), "SMDL window, weights 1": ("window", None)}
     for name, (search, weights) in settings.items():
+        if name in known:
+            continue
         explainer = finecf.SMDL(
             clf, search=search, weights=weights, baseline=colour, micro_batch=8, precision=precision
         )
@@ -93,12 +103,17 @@ def evaluate(
         (found,) = explainer.explain(image, target, regions=labels)
         seconds[name], forwards[name] = time.perf_counter() - started, found.evaluations
         maps[name] = found.maps["saliency"].float()
-    maps["Grad-CAM"] = grad_cam(clf, x, wanted)[0]
-    maps["occlusion"] = occlusion(explore, x, wanted, baseline=colour, batch_size=8)[0]
-    maps[f"RISE, {RISE_MASKS} masks"] = rise(explore, x, wanted, masks=RISE_MASKS, baseline=colour)[0]
-    order = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).float()
-    maps["random order"] = order[labels.long()]
-    scores = {}
+    rises = f"RISE, {RISE_MASKS} masks"
+    if "Grad-CAM" not in known:
+        maps["Grad-CAM"] = grad_cam(clf, x, wanted)[0]
+    if "occlusion" not in known:
+        maps["occlusion"] = occlusion(explore, x, wanted, baseline=colour, batch_size=8)[0]
+    if rises not in known:
+        maps[rises] = rise(explore, x, wanted, masks=RISE_MASKS, baseline=colour)[0]
+    if "random order" not in known:
+        order = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).float()
+        maps["random order"] = order[labels.long()]
+    scores: dict[str, Any] = {}
     for name, map_ in maps.items():
         curves = insertion_deletion(classify, x, map_[None], wanted, baseline=colour, batch_size=8)
         scores[name] = {
@@ -108,7 +123,9 @@ def evaluate(
         }
         if name in seconds:
             scores[name] |= {"seconds": seconds[name], "forwards": forwards[name]}
-    return scores
+    names = [*settings, "Grad-CAM", rises, "occlusion", "random order"]
+    found_now = known | scores
+    return {name: found_now[name] for name in names if name in found_now}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -117,6 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
         sys.exit(f"no real data at {root}: set FINECF_REALDATA to the folder that holds mobilenet_v2.py and birds/")
     part, parts = (int(number) for number in arguments.part.split("/"))
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.again:
+        done = {key: {name: row for name, row in rows.items() if "window" not in name} for key, rows in done.items()}
     groups = photographs(root, arguments.right)
     colour = groups["right"][1].mean((0, 2, 3))
     runners = {}
@@ -127,12 +146,15 @@ def run(arguments: argparse.Namespace) -> None:
     most = max(len(images) for _, images, _ in groups.values())
     for i in range(part - 1, most, parts):  # across the groups, so that a run that is cut has some of each
         for group, (clf, images, target) in groups.items():
-            if i < len(images) and f"{group} {i}" not in done:
-                greedy = i < arguments.greedy
-                done[f"{group} {i}"] = evaluate(
-                    clf, runners[group], images[i], int(target[i]), colour, greedy, arguments.precision
-                )
-                arguments.out.write_text(json.dumps(done))
+            key = f"{group} {i}"
+            if i >= len(images) or (key in done and "SMDL window" in done[key]):
+                continue
+            greedy = i < arguments.greedy
+            known = done.get(key, {})
+            done[key] = evaluate(
+                clf, runners[group], images[i], int(target[i]), colour, greedy, arguments.precision, known
+            )
+            arguments.out.write_text(json.dumps(done))
 
 
 def tables(files: list[Path]) -> list[Table]:
@@ -186,6 +208,7 @@ def main() -> None:
         help="on the first K images of each group also the exact search, and weights of 1",
     )
     parser.add_argument("--precision", default="float32", help="of the forwards that make the maps")
+    parser.add_argument("--again", action="store_true", help="drop the window searches' rows, and make them anew")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", type=Path, nargs="+", help="print the tables of these files")
     parser.add_argument("--markdown", type=Path)
