@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,6 +39,7 @@ PUBLISHED = {"confidence": 0.05, "effectiveness": 0.05, "consistency": 20.0, "co
 """The weights of the published scripts (methods page)."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
 RISE_MASKS = 200
+WINDOW, EQUAL = "SMDL window", "SMDL window, weights 1"
 GROUPS = {"right": "birds, right", "wrong": "birds, wrong (target: the true class)", "dogs": "ImageNet dogs"}
 
 
@@ -87,45 +89,38 @@ def evaluate(
     classify, explore = (lambda images, run=run: run(run.layout(images)) for run in runners)
 
     labels = finecf.regions.slico(image, 49)
-    maps: dict[str, Tensor] = {}
-    seconds: dict[str, float] = {}
-    forwards: dict[str, int] = {}
-    settings: dict[str, Any] = {"SMDL window": ("window", PUBLISHED)}
-    if greedy:
-        settings |= {"SMDL greedy": ("greedy", PUBLISHED), "SMDL window, weights 1": ("window", None)}
-    for name, (search, weights) in settings.items():
-        if name in known:
-            continue
+    order = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).float()
+    spent: dict[str, dict[str, float]] = {}
+
+    def smdl(name: str, search: str, weights: dict[str, float] | None) -> Tensor:
         explainer = finecf.SMDL(
             clf, search=search, weights=weights, baseline=colour, micro_batch=8, precision=precision
         )
         started = time.perf_counter()
         (found,) = explainer.explain(image, target, regions=labels)
-        seconds[name], forwards[name] = time.perf_counter() - started, found.evaluations
-        maps[name] = found.maps["saliency"].float()
-    rises = f"RISE, {RISE_MASKS} masks"
-    if "Grad-CAM" not in known:
-        maps["Grad-CAM"] = grad_cam(clf, x, wanted)[0]
-    if "occlusion" not in known:
-        maps["occlusion"] = occlusion(explore, x, wanted, baseline=colour, batch_size=8)[0]
-    if rises not in known:
-        maps[rises] = rise(explore, x, wanted, masks=RISE_MASKS, baseline=colour)[0]
-    if "random order" not in known:
-        order = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).float()
-        maps["random order"] = order[labels.long()]
-    scores: dict[str, Any] = {}
-    for name, map_ in maps.items():
-        curves = insertion_deletion(classify, x, map_[None], wanted, baseline=colour, batch_size=8)
+        spent[name] = {"seconds": time.perf_counter() - started, "forwards": found.evaluations}
+        return found.maps["saliency"].float()
+
+    makers: dict[str, Callable[[], Tensor]] = {
+        WINDOW: lambda: smdl(WINDOW, "window", PUBLISHED),
+        "Grad-CAM": lambda: grad_cam(clf, x, wanted)[0],
+        "occlusion": lambda: occlusion(explore, x, wanted, baseline=colour, batch_size=8)[0],
+        f"RISE, {RISE_MASKS} masks": lambda: rise(explore, x, wanted, masks=RISE_MASKS, baseline=colour)[0],
+        "random order": lambda: order[labels.long()],
+    }
+    if greedy:
+        makers["SMDL greedy"] = lambda: smdl("SMDL greedy", "greedy", PUBLISHED)
+        makers[EQUAL] = lambda: smdl(EQUAL, "window", None)
+    scores = dict(known)
+    for name in [name for name in makers if name not in known]:
+        curves = insertion_deletion(classify, x, makers[name]()[None], wanted, baseline=colour, batch_size=8)
         scores[name] = {
             "insertion": float(curves.insertion_auc[0, 0]),
             "deletion": float(curves.deletion_auc[0, 0]),
             "highest": highest_confidence(curves, SHARES)[0, 0].tolist(),
         }
-        if name in seconds:
-            scores[name] |= {"seconds": seconds[name], "forwards": forwards[name]}
-    names = [*settings, "Grad-CAM", rises, "occlusion", "random order"]
-    found_now = known | scores
-    return {name: found_now[name] for name in names if name in found_now}
+        scores[name] |= spent.get(name, {})
+    return scores
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -135,7 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
     part, parts = (int(number) for number in arguments.part.split("/"))
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if arguments.again:
-        done = {key: {name: row for name, row in rows.items() if "window" not in name} for key, rows in done.items()}
+        done = {
+            key: {name: row for name, row in rows.items() if name not in (WINDOW, EQUAL)} for key, rows in done.items()
+        }
     groups = photographs(root, arguments.right)
     colour = groups["right"][1].mean((0, 2, 3))
     runners = {}
@@ -146,15 +143,13 @@ def run(arguments: argparse.Namespace) -> None:
     most = max(len(images) for _, images, _ in groups.values())
     for i in range(part - 1, most, parts):  # across the groups, so that a run that is cut has some of each
         for group, (clf, images, target) in groups.items():
-            key = f"{group} {i}"
-            if i >= len(images) or (key in done and "SMDL window" in done[key]):
-                continue
-            greedy = i < arguments.greedy
-            known = done.get(key, {})
-            done[key] = evaluate(
-                clf, runners[group], images[i], int(target[i]), colour, greedy, arguments.precision, known
-            )
-            arguments.out.write_text(json.dumps(done))
+            known = done.get(f"{group} {i}", {})
+            if i < len(images) and WINDOW not in known:
+                greedy = i < arguments.greedy
+                done[f"{group} {i}"] = evaluate(
+                    clf, runners[group], images[i], int(target[i]), colour, greedy, arguments.precision, known
+                )
+                arguments.out.write_text(json.dumps(done))
 
 
 def tables(files: list[Path]) -> list[Table]:
@@ -167,7 +162,7 @@ def tables(files: list[Path]) -> list[Table]:
         if not rows:
             continue
         shown = Table(f"{title}: {len(rows)} images", ["insertion", "deletion", *(f"highest, {s:.0%}" for s in SHARES)])
-        differ = Table(f"SMDL window minus each other row, 95 % paired bootstrap, {title}", ["insertion", "deletion"])
+        differ = Table(f"{WINDOW} minus each other row, 95 % paired bootstrap, {title}", ["insertion", "deletion"])
         differ.columns.append("highest, 100%")
         for name in sorted(
             {name for row in rows for name in row}, key=lambda name: (not name.startswith("SMDL"), name)
@@ -181,8 +176,8 @@ def tables(files: list[Path]) -> list[Table]:
                 mean["forwards"] = fmean(row[name]["forwards"] for row in own)
                 mean["seconds"] = fmean(row[name]["seconds"] for row in own)
             shown.rows[label] = mean
-            if name != "SMDL window":
-                ours = [row["SMDL window"] for row in own]
+            if name != WINDOW:
+                ours = [row[WINDOW] for row in own]
                 differ.rows[label] = {
                     key: paired_bootstrap([each[key] for each in ours], [row[name][key] for row in own])
                     for key in ("insertion", "deletion")

@@ -154,7 +154,6 @@ class Trace:
             had grown beyond the noise against diminishing returns, and how many gains of all were below zero.
         growth: the most that a gain grew.
         seen: for each step, the candidates that the model was shown there, if only with their regions kept.
-        asked: candidates scored.
         uncertain: picks whose bound could not rule out a better candidate.
     """
 
@@ -167,7 +166,6 @@ class Trace:
     negative: int = 0
     growth: float = 0.0
     seen: list[set[int]] = field(default_factory=list)
-    asked: int = 0
     uncertain: int = 0
 
     def __post_init__(self) -> None:
@@ -201,7 +199,6 @@ class Trace:
 
     def look(self, answer: Answer) -> None:
         """Note that the model was shown these candidates in the present step."""
-        self.asked += len(answer.candidates)
         self.seen += [set() for _ in range(len(self.order) + 1 - len(self.seen))]
         self.seen[-1].update(answer.candidates)
 
@@ -308,7 +305,6 @@ def bidirectional(trace: Trace, pending: int = PENDING) -> Search:
         kept = [position for position, region in enumerate(answer.candidates) if region != best]
         lowest = sorted(kept, key=lambda position: (float(surrogate[position]), position))[:pending]
         answer = yield Ask(back, sorted(answer.candidates[position] for position in lowest))
-        trace.asked += len(answer.candidates)
         region = answer.candidates[answer.best(largest=False)]
         back.add(region)
         worst.append(region)
@@ -403,6 +399,7 @@ def guided(trace: Trace, guesser: Guesser, wider: float) -> Search:
                 float(part[top].max() - part[top].min() + (hope - part)[top].mean())
                 for part, hope in ((guess.kept, guess.kept_hope), (guess.removed, guess.removed_hope))
             )
+            # As many candidates both ways cost no more, but where the removed images never count.
             spares = wide > both or problem.weights[3] == 0
             if len(ranked) > both and spares and told_apart > ONE_SIDED * told_removed:
                 positions = top.sort().values
@@ -450,7 +447,6 @@ def swaps(trace: Trace) -> Search:
             left -= 1
             ahead = Chosen.of(problem.distance, trace.order[: k - 1])
             answer = yield Ask(ahead, [region], removed=bool(problem.weights[3] != 0))
-            trace.asked += 1
             more = float(answer.total[0]) - step.total
             if more <= slack:
                 trace.seen[k - 1].add(region)

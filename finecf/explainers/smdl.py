@@ -363,6 +363,9 @@ class SMDL:
         if slopes.refusal is not None:
             for result in results:
                 result.notes.append(f"candidates were guessed without the model's gradients: {slopes.refusal}")
+        if self.search == "window" and all(guess is None for guess in guesses):
+            for result in results:
+                result.notes.append(f"candidates were not guessed from feature maps ({self.classifier.fold_reason})")
         if interrupted is not None:
             for result in results:
                 result.notes.append(

@@ -132,7 +132,7 @@ def redraw_distances(
             scores[f"{name}outside"][b] = apart[~inside].mean()
         grown = inside if grid is None else dilate_masks(inside, grid)
         scores["energy"][b] = energy_share((counterfactuals[b] - images[b]).abs().mean(0)[None], grown[None])[0]
-        apart_there = ((images[b] - true.tensor).abs() > 1.5 / 255).any(0)
-        scores["differing"][b] = apart_there[inside].double().mean()
+        differs = ((images[b] - true.tensor).abs() > 1.5 / 255).any(0)
+        scores["differing"][b] = differs[inside].double().mean()
         scores["area"][b] = grown.double().mean()
     return RedrawScores(**scores, parts=parts, hidden=hidden, missing=int((~has).sum()))
