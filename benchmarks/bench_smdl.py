@@ -193,7 +193,7 @@ def main() -> None:
         model = torchvision.models.resnet18(weights=None).eval()
         repeats = max(1, arguments.repeats // 2)
         compare("ResNet-18, 224", model, torch.rand(3, 224, 224), repeats, table, not arguments.no_peer)
-    rich.print(table.rich())
+    rich.print(table)
     if arguments.markdown:
         arguments.markdown.write_text(table.markdown())
 

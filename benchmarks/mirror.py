@@ -164,12 +164,14 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     gaps = logits.max(1).values - logits.gather(1, target[:, None])[:, 0]
     quick = pgd(classifier, x, target)
     far = pgd(classifier, x, target, margin=float(gaps.median()))
-    line = latent_interpolation(mirror, x, target, references, 2, labels=labels)
+    lines = {
+        name: latent_interpolation(mirror, x, target, references, 2, labels=labels, space=space)
+        for name, space in (("interpolation", "latent"), ("map interpolation", "map"))
+    }
     known = torch.cat([classifier.features(part).mean((2, 3)) for part in references.split(64)])
-    toward = known[line.reference].double()
+    toward = known[lines["interpolation"].reference].double()
     euclidean = pgd(classifier, x, target, norm="l2")
     real = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
-    k = line.k.nan_to_num(1.0)
     everywhere = torch.ones(len(x), dtype=torch.bool)
     rows = {
         "Mirror-CFE, first": first,
@@ -177,12 +179,12 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "PGD, first": Images(quick.images, quick.found, end.latents),
         "PGD, driven on": Images(far.images, far.found, end.latents),
         "PGD l2, first": Images(euclidean.images, euclidean.found, end.latents),
-        "interpolation, first": Images(
-            line.images, line.found, start.double() + k[:, None] * (toward - start.double())
-        ),
-        "interpolation, k = 1": Images(line.strip[:, -1], everywhere, toward),
-        "nearest real image": Images(real.images, everywhere, end.latents),
     }
+    for name, line in lines.items():
+        way = line.k.nan_to_num(1.0)[:, None] * (toward - start.double())
+        rows[f"{name}, first"] = Images(line.images, line.found, start.double() + way)
+        rows[f"{name}, k = 1"] = Images(line.strip[:, -1], everywhere, toward)
+    rows["nearest real image"] = Images(real.images, everywhere, end.latents)
     of_targets = references[torch.isin(labels, target.unique())]
     table = Table(f"{on}: {len(x)} held-out images", [])
     for name, own in rows.items():
@@ -325,7 +327,7 @@ def main() -> None:
         file = options.decoder or shipped_decoder(options.on)
         tables, _ = score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)
     for table in tables:
-        rich.print(table.rich())
+        rich.print(table)
     if options.markdown is not None:
         options.markdown.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
 

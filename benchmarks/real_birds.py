@@ -150,7 +150,7 @@ def main() -> None:
             runs = torch.compile(clf.model.to(memory_format=torch.channels_last), dynamic=False)
         tables.append(curves(clf, runs, images, target, taken_for, explained["fgvce"], arguments.cache))
     for each in tables:
-        rich.print(each.rich())
+        rich.print(each)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join(each.markdown() for each in tables))
     if arguments.json:

@@ -212,7 +212,7 @@ def main() -> None:
     if arguments.out:
         run(arguments)
     for table in tables(arguments.tables or []):
-        rich.print(table.rich())
+        rich.print(table)
         if arguments.markdown:
             with arguments.markdown.open("a") as file:
                 file.write(table.markdown() + "\n")

@@ -50,7 +50,7 @@ def main() -> None:
     )
     own = evidence(clf, birds, arguments.mistakes)
     for table in [*result.tables(), own]:
-        rich.print(table.rich())
+        rich.print(table)
     if arguments.markdown:
         arguments.markdown.write_text(f"{result.markdown()}\n{own.markdown()}")
     if arguments.json:

@@ -138,7 +138,7 @@ def main() -> None:
 
 def _show(tables: Sequence[Table], markdown: Path | None) -> None:
     for shown in tables:
-        rich.print(shown.rich())
+        rich.print(shown)
     if markdown:
         markdown.write_text("\n".join(each.markdown() for each in tables))
 

@@ -293,7 +293,7 @@ def evaluate(
         progress=True,
     )
     for table in result.tables():
-        rich.print(table.rich())
+        rich.print(table)
     if markdown is not None:
         markdown.write_text(result.markdown(), encoding="utf-8")
         rich.print(f"The tables are in {markdown}.")

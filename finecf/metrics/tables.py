@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finecf.metrics.bootstrap import Interval
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+_NAME_WIDTH = 24
+"""Names of rows that are longer go over several lines in a terminal."""
 
 Value = str | int | float | Interval
 
@@ -35,17 +39,33 @@ class Table:
         lines += [f"| {' | '.join(row)} |" for row in self.cells()]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
-    def rich(self) -> RichTable:
-        """The table for `rich.print`."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """What `rich.print` shows: as many columns side by side as the terminal has room for, the others below."""
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
-        table.add_column("")
-        for column in self.columns:
-            table.add_column(column, justify="right")
-        for row in self.cells():
-            table.add_row(*row)
-        return table
+        cells = self.cells()
+        frame = 3  # of a column: its line and a space on either side
+        widths = [
+            max(map(len, [*name.split(), *(row[number] for row in cells)]))
+            for number, name in enumerate(self.columns, 1)
+        ]
+        named = min(max((len(row[0]) for row in cells), default=0), _NAME_WIDTH)
+        blocks: list[list[int]] = [[]]
+        for number, width in enumerate(widths):
+            room = options.max_width - named - frame - 1 - sum(widths[each] + frame for each in blocks[-1])
+            if blocks[-1] and width + frame > room:
+                blocks.append([])
+            blocks[-1].append(number)
+        for place, block in enumerate(blocks):
+            last = place == len(blocks) - 1
+            table = RichTable(title=None if place else self.title, caption_justify="left")
+            table.caption = "\n".join(self.notes) if last and self.notes else None
+            table.add_column("", width=named)
+            for number in block:
+                table.add_column(self.columns[number], justify="right", width=widths[number])
+            for row in cells:
+                table.add_row(row[0], *(row[1 + number] for number in block))
+            yield table
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values at full precision, for JSON."""
