@@ -837,7 +837,7 @@ def _shipped_for(classifier: Classifier) -> Path:
             path = shipped_decoder(name)
         except FileNotFoundError:
             continue
-        if load_decoder(path)[1].get("classifier") == classifier.fingerprint():
+        if classifier.differs_from(load_decoder(path)[1]["classifier"]) is None:
             return path
     raise ValueError(
         "--method mirror needs --decoder FILE, a decoder for this very model: finecf.MirrorCFE(...).fit(..., "

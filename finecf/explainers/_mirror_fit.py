@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,16 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from finecf.explainers import _mirror_losses as losses
 from finecf.explainers._mirror_draw import prior_of
@@ -30,6 +40,9 @@ from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, PatchDiscriminator
 from finecf.regions.baseline import blur_every_second
 
 LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "triangulation")
+CHANGEABLE: Final = ("learning_rate", "precision")
+"""Settings with which a state may go on that were others when it was written."""
+_WHOLE: Final = ("steps", "batch", "seed", "augment", "warm_up")
 _BATCH_WHILE_LOOKING = 64
 
 
@@ -46,7 +59,7 @@ class TrainingStopped(FloatingPointError):
         self.loss, self.step, self.value = loss, step, value
         super().__init__(
             f"the {loss} loss became {value} at step {step}: training stopped{where}. Try a smaller learning_rate, "
-            'or precision="float32"'
+            'or precision="float32": a state may be gone on from with these two changed'
         )
 
 
@@ -81,6 +94,12 @@ class Recipe:
         return self.weights[loss] * max(0.0, 2 * step / self.warm_up - 1)
 
     def __post_init__(self) -> None:
+        # Plain numbers, whoever made them: they are written with the decoder.
+        for kind, names in ((_whole, _WHOLE), (float, ("learning_rate", "alpha", "blend", "noise", "unsure", "blur"))):
+            for name in names:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        object.__setattr__(self, "betas", tuple(float(each) for each in self.betas))
+        object.__setattr__(self, "discriminator", tuple(_whole(each) for each in self.discriminator))
         for name, value in (("steps", self.steps), ("batch", self.batch)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -122,7 +141,7 @@ class Pool:
 
     def __init__(self, classifier: Classifier, data: Items) -> None:
         if isinstance(data, DataLoader):
-            data = data.dataset
+            data = _chosen(data)
         self._classifier = classifier
         self._whole: Tensor | None = None
         self._data: Any = data
@@ -164,6 +183,24 @@ class Pool:
                 raise ValueError(f"the training images have different sizes, {sorted(sizes)}; resize them")
             return self._classifier.prepare(torch.stack(images)), named
         return self._classifier.prepare(images), named
+
+
+def _chosen(loader: DataLoader[Any]) -> Dataset[Any]:
+    """What a loader loads from: its data set, or the part of it that its sampler is confined to."""
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.dataset  # refused by what it is
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    if batches is None or type(batches) is BatchSampler:
+        if isinstance(sampler, SubsetRandomSampler):
+            return Subset(loader.dataset, sampler.indices)
+        if isinstance(sampler, (SequentialSampler, RandomSampler)) and cast(Any, sampler.data_source) is loader.dataset:
+            return loader.dataset
+        batches = sampler
+    raise ValueError(
+        f"the DataLoader draws by a {type(batches).__name__}, and fit draws by its own seed: give the data set, or a "
+        "torch.utils.data.Subset of the images to train on"
+    )
 
 
 class Classes(NamedTuple):
@@ -369,6 +406,11 @@ class Trainer:
                 judged = losses.discriminator_adversarial(real_scores.float(), drawn_scores.float())
                 self._descend("discriminator", judged, {"discriminator": judged})
             encoded_map, image_logits = self.classifier.encode(sample.seen(moved))
+            if not (encoded_map.requires_grad and image_logits.requires_grad):
+                raise ValueError(
+                    "the decoder learns by the classifier's gradients, and this model gives none (frozen by torch.jit, "
+                    "quantised, or run without gradients)"
+                )
             encoded = encoded_map.mean((2, 3))
             terms = {
                 "classification": losses.classification(image_logits, latent_logits, recipe.kl_order),
@@ -440,8 +482,10 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """What a state must be the state of."""
+        # A training that diverged may go on more slowly, or in another precision.
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in CHANGEABLE}
         settings = {
-            "recipe": asdict(self.recipe),
+            "recipe": recipe,
             "pairs": self.pairs,
             "images": len(self.pool),
             "classifier": self.classifier.fingerprint(),
@@ -504,6 +548,15 @@ def interrupted_after() -> Iterator[None]:
         signal.signal(signal.SIGINT, plain)
     if pressed:
         raise KeyboardInterrupt
+
+
+def _whole(value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # what it refuses is what we refuse
+    except TypeError:
+        raise TypeError(
+            f"{', '.join(_WHOLE)} and the discriminator's widths are whole numbers; got {value!r}"
+        ) from None
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -127,7 +127,8 @@ class MirrorCFE:
         decoder: a `MirrorDecoder`, or a file that `save` wrote; None: `latent_path` and `class_distances` work, and
             `fit` makes one.
         reflection: "closed_form" (needs a linear head), "lbfgs" (the paper's search; any head) or "two_class"
-            (eq. 1; other classes' logits move along).
+            (eq. 1; other classes' logits move along). None: as the decoder's file says that it was trained;
+            "closed_form" for a decoder that is no file, and where there is none yet.
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
             the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
             that is no file, and where there is none yet.
@@ -155,7 +156,7 @@ class MirrorCFE:
         classifier: Classifier,
         decoder: MirrorDecoder | str | os.PathLike[str] | None = None,
         *,
-        reflection: str = "closed_form",
+        reflection: str | None = None,
         shift: str | None = None,
         corrections: int = CORRECTIONS,
         correction_blur: float = 0.0,
@@ -167,7 +168,7 @@ class MirrorCFE:
         progress: bool | None = None,
     ) -> None:
         self.classifier = classifier
-        self.reflection = one_of("reflection", reflection, REFLECTIONS)
+        self.reflection = "closed_form" if reflection is None else one_of("reflection", reflection, REFLECTIONS)
         self.shift = "uniform" if shift is None else one_of("shift", shift, SHIFTS)
         self.untrained_pairs = one_of("untrained_pairs", untrained_pairs, UNTRAINED)
         if not isinstance(corrections, int) or corrections < 0:
@@ -190,9 +191,12 @@ class MirrorCFE:
             self.decoder = decoder.to(classifier.device).eval()
         elif decoder is not None:
             self._load(decoder)
+            trained = self.meta.get("recipe", self.meta)
             if shift is None:
-                self.shift = self.meta.get("recipe", self.meta).get("shift", "uniform")
-        if self.shift == "per_cell" and reflection == "lbfgs":
+                self.shift = trained.get("shift", "uniform")
+            if reflection is None:
+                self.reflection = trained.get("reflection", "closed_form")
+        if self.shift == "per_cell" and self.reflection == "lbfgs":
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
 
     # Latents
@@ -213,7 +217,8 @@ class MirrorCFE:
                 the head is not linear and the reflection needs one that is.
         """
         x = self.classifier.prepare(images)
-        with plain(self.classifier.device):
+        # A search needs gradients, which the user's own inference mode would not give.
+        with torch.inference_mode(False), plain(self.classifier.device):
             features, logits = self.classifier.features_and_logits(x)
             head = self._gap_head(features, logits)
             own, wanted = self._classes(logits, source, target)
@@ -310,10 +315,8 @@ class MirrorCFE:
             self._head, self._head_of = head, fingerprint
         return head
 
-    def _classes(
-        self, logits: Tensor, source: Target | None, target: Target | None, first: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Source and target classes, int64 [B] each; `first`: the number of the first image, for messages."""
+    def _classes(self, logits: Tensor, source: Target | None, target: Target | None) -> tuple[Tensor, Tensor]:
+        """Source and target classes, int64 [B] each."""
         device = logits.device
         own = logits.argmax(1)
         if source is not None:
@@ -327,13 +330,14 @@ class MirrorCFE:
             what = "predicted class" if source is None else "source"
             name = self.classifier.class_name(int(own[row]))
             raise ValueError(
-                f"target and {what} of image {first + row} are the same, {name!r}: "
+                f"target and {what} of image {row} are the same, {name!r}: "
                 "there is no boundary between them; give another target"
             )
         return own, wanted
 
     # The decoder
 
+    @torch.inference_mode(False)  # it needs gradients, which the user's own inference mode would not give
     def fit(
         self,
         data: fitting.Items,
@@ -422,9 +426,9 @@ class MirrorCFE:
                 raise ValueError(f"{name} is a number of steps, at least 1; got {value}")
         pool = fitting.Pool(self.classifier, data)
         first = pool.take(torch.arange(min(2, len(pool))))
-        named = self._pairs(pairs)
         with plain(self.classifier.device):
             head = self._gap_head(*self.classifier.features_and_logits(first))
+        named = self._pairs(pairs)  # now the number of classes is known
         large = max(first.shape[2:]) > PLAIN_SIDE
         shape = shape_of(self.classifier, first[0], skips)
         wanted = {index for pair in named for index in pair}
@@ -450,7 +454,7 @@ class MirrorCFE:
             blur=blur,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would seed CUDA as well
             net = MirrorDecoder(shape, **dict(decoder or {}))
             trainer = fitting.Trainer(self.classifier, head, net, pool, named, recipe, compile)
         if steps is None:
@@ -471,6 +475,7 @@ class MirrorCFE:
             self._train(trainer, state, save_every, preview, preview_every)
         finally:
             net.eval().requires_grad_(False)
+            self.meta["steps_done"] = trainer.step
         if out is not None:
             self.save(out)
         if state is not None:
@@ -486,15 +491,22 @@ class MirrorCFE:
         preview_every: int,
     ) -> None:
         saved = state if trainer.step else None
+        # A state counts once the step after it has shown that its losses are numbers.
+        untried = None if state is None else state.with_name(state.name + ".new")
+        waiting = False
         with _training_bar(self.progress, trainer) as advance:
             try:
                 while trainer.step < trainer.recipe.steps:
                     with fitting.interrupted_after():
                         losses = trainer.advance()
                     advance(losses)
-                    if state is not None and trainer.step % save_every == 0:
-                        trainer.save(state)
-                        saved = state
+                    if state is not None and untried is not None:
+                        if waiting:
+                            untried.replace(state)
+                            saved, waiting = state, False
+                        if trainer.step % save_every == 0:
+                            trainer.save(untried)
+                            waiting = True
                     if preview is not None and trainer.step % preview_every == 0:
                         trainer.decoder.eval()
                         preview(trainer.step, self)
@@ -502,12 +514,19 @@ class MirrorCFE:
             except KeyboardInterrupt:
                 if state is not None and trainer.whole:
                     trainer.save(state)
+                    waiting = False
                 raise
             except fitting.TrainingStopped as stop:
+                waiting = False
                 where = f"; the last good state is in {saved}"
                 if saved is None:
                     where = "; no state was kept " + ("(give checkpoint=)" if state is None else f"yet ({save_every=})")
                 raise fitting.TrainingStopped(stop.loss, stop.step, stop.value, where) from None
+            finally:
+                if state is not None and untried is not None:
+                    if waiting:  # something else ended the training, such as the preview
+                        untried.replace(state)
+                    untried.unlink(missing_ok=True)
 
     def save(self, path: str | os.PathLike[str], **more: object) -> None:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
@@ -518,14 +537,14 @@ class MirrorCFE:
 
     def _load(self, path: str | os.PathLike[str]) -> None:
         decoder, meta = load_decoder(path)
-        mine = self.classifier.fingerprint()
-        if meta.get("classifier") != mine:
-            made = meta.get("classifier") or {}
+        made = meta.get("classifier") or {}
+        if not made or self.classifier.differs_from(made) is not None:
+            mine = self.classifier.fingerprint()
             raise ValueError(
                 f"the decoder in {path} was made for another classifier: {made.get('model')} with weights "
                 f"{str(made.get('weights'))[:8]}, layer {made.get('layer')!r}, {made.get('classes')} classes; this one "
                 f"is {mine['model']} with weights {str(mine['weights'])[:8]}, layer {mine['layer']!r}, "
-                f"{mine['classes']} classes. Its latents mean something else: fit a decoder for this classifier"
+                f"{self.classifier.num_classes} classes. Its latents mean something else: fit a decoder for this classifier"
             )
         self.decoder, self.meta = decoder.to(self.classifier.device), meta
 
@@ -600,18 +619,18 @@ class MirrorCFE:
             progress_bar(self.progress, len(x)) as advance,
         ):
             x = x.clone() if x.is_inference() else x
-            self.classifier.logits(x[:1])  # afterwards the number of classes is known, and targets can be checked
-            targets = class_indices(self.classifier, target, len(x))
-            origins = None if source is None else class_indices(self.classifier, source, len(x))
+            # What cannot be asked for is refused before anything is drawn.
+            said = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
+            own, wanted = self._classes(said, source, target)
+            self._check_pairs(own, wanted)
             # The strip of an image, drawn and encoded again, is what takes memory.
             strip = 4 * (len(k) + 3) * x[0].numel() * x.element_size()
             size = max(1, min(self.micro_batch, self.budget // strip))
             try:
                 for start in range(0, len(x), size):
-                    own = slice(start, start + size)
-                    origin = None if origins is None else origins[own]
-                    results += self._explain(decoder, x[own], shown[own], targets[own], origin, k, names[own], start)
-                    advance(len(x[own]))
+                    rows = slice(start, start + size)
+                    results += self._explain(decoder, x[rows], shown[rows], own[rows], wanted[rows], k, names[rows])
+                    advance(len(x[rows]))
             except KeyboardInterrupt as stop:
                 raise Interrupted(results, len(x)) from stop
         return results
@@ -621,14 +640,13 @@ class MirrorCFE:
         decoder: MirrorDecoder,
         x: Tensor,
         shown: Tensor,
-        targets: list[int],
-        origins: list[int] | None,
+        own: Tensor,
+        wanted: Tensor,
         k: Tensor,
         names: list[str | None],
-        number: int,
     ) -> list[MirrorExplanation]:
         started = time.perf_counter()
-        drawing = self._drawing(decoder, x, targets, origins, number)
+        drawing = self._drawing(decoder, x, own, wanted)
         path = self._path(drawing.head, drawing.reflected, drawing.canvas.source, drawing.canvas.target, k, x.dtype)
         strip, strip_logits, strip_latents = [], [], []
         rows = torch.arange(len(x), device=x.device)
@@ -648,8 +666,7 @@ class MirrorCFE:
 
         blank, _ = drawn_at(0.0)
         mirror, mirror_logits = drawn_at(1.0)
-        wanted = path.latents.to(x.dtype)
-        errors = (torch.stack(strip_latents, 1) - wanted).abs().mean(-1).double()
+        errors = (torch.stack(strip_latents, 1) - path.latents.to(x.dtype)).abs().mean(-1).double()
         seconds = (time.perf_counter() - started) / len(x)
         before = drawing.logits.double().softmax(1)
         results = []
@@ -675,7 +692,7 @@ class MirrorCFE:
                             "change": (chosen - blank[b]).abs().mean(0),
                         }
                     ),
-                    evaluations=1 + int(drawing.counts.seen[b]),
+                    evaluations=2 + int(drawing.counts.seen[b]),  # the image itself was run twice
                     seconds=seconds,
                     seed=None,
                     versions=versions() | {"device": str(x.device)},
@@ -701,9 +718,7 @@ class MirrorCFE:
             )
         return results
 
-    def _drawing(
-        self, decoder: MirrorDecoder, x: Tensor, targets: list[int], origins: list[int] | None, number: int
-    ) -> _Drawing:
+    def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> _Drawing:
         if decoder.shape.skips:
             *skips, features = self.classifier.pyramid(x)
             logits = self.classifier.logits_from(features)
@@ -716,9 +731,7 @@ class MirrorCFE:
                 f"{list(features.shape[1:])}: it was made for another classifier"
             )
         head = self._gap_head(features, logits)
-        own, wanted = self._classes(logits, origins, targets, number)
         reflected = head.reflect(features.mean((2, 3)), own, wanted, self.reflection)
-        self._check_pairs(own, wanted)
         moves = map_steps(head, reflected, features, own, wanted, self.shift, self.reflection)
         if self.shift == "per_cell":  # a map for each image: half the memory will do
             moves = moves.to(features.dtype)
@@ -771,7 +784,7 @@ class MirrorCFE:
             )
             if self.untrained_pairs == "refuse":
                 raise ValueError(text)
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=3)
 
     def _notes(self, source: int, predicted: int, target: int) -> list[str]:
         notes = []

@@ -224,7 +224,7 @@ class SMDL:
 
     def _ready(self, x: Tensor) -> Runner:
         """The runner, made again when the model's weights have changed since."""
-        if self._runner is None or self._runner.fingerprint != self.classifier.fingerprint():
+        if self._runner is None or self.classifier.differs_from(self._runner.fingerprint) is not None:
             self._runner = Runner(
                 self.classifier, self.precision, self.channels_last, self.fold_batch_norm, self.compile
             )

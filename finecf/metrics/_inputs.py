@@ -137,11 +137,14 @@ def as_bounds(image_range: ImageRange, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def evaluating(classifier: Any) -> Iterator[Classify]:
-    """`images -> logits` without gradients: a `finecf.wrap` classifier in its eval mode, or any callable as it is."""
+    """`images -> logits` without gradients: a `finecf.wrap` classifier in its eval mode, or any callable as it is.
+
+    A classifier's logits come back to where the images are: explanations hold theirs on the CPU.
+    """
     with torch.no_grad():
         if hasattr(classifier, "eval_mode"):
             with classifier.eval_mode():
-                yield lambda images: classifier.logits(images)
+                yield lambda images: classifier.logits(images).to(images.device)
         elif callable(classifier):
             yield classifier
         else:

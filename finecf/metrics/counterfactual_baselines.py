@@ -48,6 +48,7 @@ class Attack:
     margin: Tensor
 
 
+@torch.inference_mode(False)  # it needs gradients, which the user's own inference mode would not give
 def pgd(
     classifier: Classifier,
     images: Tensor,
@@ -427,7 +428,7 @@ class _Line:
         """The first images that are of the target (else those of k = 1), and their k (else NaN)."""
         count = len(self.canvas.source)
         found = torch.full((count,), math.nan, dtype=torch.float64, device=self.canvas.source.device)
-        images = torch.empty_like(self.canvas.images)
+        images: Tensor | None = None  # in the dtype that the decoder draws in
         rows = torch.arange(count, device=self.canvas.source.device)
         number = max(1, round(1 / resolution))
         for place in range(1, number + 1):
@@ -435,10 +436,11 @@ class _Line:
                 break
             drawn, logits = self.at(rows, place / number)
             won = logits.argmax(1) == self.canvas.target[rows]
+            images = drawn.clone() if images is None else images
             images[rows] = drawn
             found[rows[won]] = place / number
             rows = rows[~won]
-        return images, found
+        return self.canvas.images.clone() if images is None else images, found
 
     def strip(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B,K,C,H,W] at all places, and their logits [B,K,classes]."""

@@ -476,16 +476,16 @@ class CandidateBank:
                 f"the bank's rows have {self.width} features, and layer {clf.layer_name!r} gives {features.shape[1]}: "
                 "build the bank with this classifier and layer"
             )
-        theirs = clf.fingerprint()
-        for what, text in (("model", "model"), ("layer", "layer"), ("classes", "number of classes")):
-            if what in self.fingerprint and self.fingerprint[what] != theirs[what]:
-                raise ValueError(
-                    f"the bank was built with {text} {self.fingerprint[what]!r}; this classifier has {theirs[what]!r}: "
-                    "build the bank with this classifier"
-                )
-        if self.fingerprint.get("weights", theirs["weights"]) != theirs["weights"]:
+        what = clf.differs_from(self.fingerprint)
+        if what == "weights":
             raise ValueError(
                 "the bank was built with other weights than this classifier has: build it again with this classifier"
+            )
+        if what is not None:
+            text = "number of classes" if what == "classes" else what
+            raise ValueError(
+                f"the bank was built with {text} {self.fingerprint[what]!r}; this classifier has "
+                f"{clf.fingerprint()[what]!r}: build the bank with this classifier"
             )
 
     def _opened(self) -> bankfile.TensorFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -117,6 +117,7 @@ class Classifier:
             self.head_route = f"the whole model with the output of {self.layer_name!r} replaced: {self._tail.reason}"
         self._folder: HeadFolder | None = None
         self._num_classes = self._guess_num_classes()
+        self._seen_logits = False
 
     def __repr__(self) -> str:
         return f"Classifier({type(self.model).__name__}, layer={self.layer_name!r}, {self.num_classes} classes)"
@@ -268,7 +269,7 @@ class Classifier:
                 f"layer {self.layer_name!r} was called {len(outputs)} times in one forward; "
                 "expected once: name another layer"
             )
-        return self.map_of(outputs[0]), logits
+        return self.map_of(outputs[0], x.shape[2:]), logits
 
     def head(self, features: Tensor) -> Tensor:
         """The logits [B,C] of maps [B,D,H,W], unchecked, with their graph: see `frozen`."""
@@ -321,7 +322,7 @@ class Classifier:
                 handles.append(
                     module.register_forward_hook(
                         lambda _, __, output, name=name: maps.__setitem__(
-                            name, self._raise_half(Layout.of(output, name).to_map(output).clone())
+                            name, self._raise_half(Layout.of(output, name, size[1:]).to_map(output).clone())
                         )
                     )
                 )
@@ -380,7 +381,8 @@ class Classifier:
             weights = fold.weight[classes] / fold.cells
         else:
             weights = self._gradient(features, classes).mean((2, 3))
-        return torch.einsum("bd,bdhw->bhw", weights, features).relu()
+        with self.eval_mode():
+            return torch.einsum("bd,bdhw->bhw", weights, features).relu()
 
     def _gradient(self, features: Tensor, classes: Tensor) -> Tensor:
         with self.eval_mode(), torch.inference_mode(False), torch.enable_grad():
@@ -393,7 +395,8 @@ class Classifier:
             return torch.autograd.grad(chosen, leaf)[0]
 
     def fingerprint(self) -> dict[str, object]:
-        """What tells this classifier from another one: model, layer, number of classes, and a digest of the weights.
+        """What tells this classifier from another one: model, layer, number of classes (None before the first forward),
+        and a digest of the weights.
 
         The digest is over 16 values of every parameter and buffer, so it takes milliseconds; it is the same on every
         device.
@@ -407,9 +410,20 @@ class Classifier:
         return {
             "model": type(self.model).__name__,
             "layer": self.layer_name,
-            "classes": self.num_classes,
+            "classes": self.num_classes if self._seen_logits else None,
             "weights": digest.hexdigest()[:32],
         }
+
+    def differs_from(self, fingerprint: Mapping[str, object]) -> str | None:
+        """By what this classifier is another than that of a fingerprint: "model", "layer", "classes" or "weights".
+
+        None where they are the same; what one of them does not know is not compared.
+        """
+        for what, mine in self.fingerprint().items():
+            theirs = fingerprint.get(what)
+            if mine is not None and theirs is not None and mine != theirs:
+                return what
+        return None
 
     # Inside
 
@@ -421,7 +435,8 @@ class Classifier:
 
     def _forward(self, x: Tensor) -> object:
         try:
-            return self.model(x.to(self._dtype))
+            # A copy: the model may work in place.
+            return self.model(x.to(self._dtype, copy=True))
         except RuntimeError as error:
             if self._dtype in _HALF and "not implemented for" in str(error):
                 raise TypeError(
@@ -441,21 +456,23 @@ class Classifier:
             raise ValueError(
                 f"the model gives a tensor of shape {list(logits.shape)}; expected logits [B,C] with C >= 2"
             )
-        self._num_classes = logits.shape[1]
+        self._num_classes, self._seen_logits = logits.shape[1], True
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
             raise ValueError(
                 f"{len(self.class_names)} class_names were given, and the model has {logits.shape[1]} classes"
             )
         return self._raise_half(logits)
 
-    def map_of(self, output: object) -> Tensor:
-        """The map [B,D,H,W] in what the wrapped layer gave; half precision becomes float32."""
+    def map_of(self, output: object, image: Sequence[int]) -> Tensor:
+        """The map [B,D,H,W] in what the wrapped layer gave for images of some height and width; half precision becomes
+        float32.
+        """
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"layer {self.layer_name!r} gives a {type(output).__name__}; expected one tensor [B,D,H,W]: "
                 "name another layer"
             )
-        self._layout = Layout.of(output, self.layer_name)
+        self._layout = Layout.of(output, self.layer_name, image)
         features = self._raise_half(self._layout.to_map(output))
         return features.relu() if self._tail.relu_follows else features
 
@@ -513,7 +530,7 @@ class Classifier:
             nonlocal done
             done = done or name == self.layer_name
             if not done and isinstance(output, Tensor) and output.dim() == 4:
-                layout = Layout.of(output, name)
+                layout = Layout.of(output, name, x.shape[2:])
                 calls.append((name, (layout.height, layout.width)))
 
         handles = []

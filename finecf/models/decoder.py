@@ -13,6 +13,7 @@ falls with k.
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -149,6 +150,8 @@ class MirrorDecoder(nn.Module):
         pooled: bool = False,
     ) -> None:
         super().__init__()
+        width, most, inner, subpixel = (operator.index(each) for each in (width, most, inner, subpixel))
+        spatial_prior, pooled = bool(spatial_prior), bool(pooled)
         shape = Shape(_triple(shape[0]), _triple(shape[1]), tuple(_triple(each) for each in shape[2]))
         self.shape = shape
         self.settings: dict[str, Any] = {
@@ -358,7 +361,7 @@ def load_decoder(path: str | os.PathLike[str]) -> tuple[MirrorDecoder, dict[str,
 
 
 def _plain(value: float | Sequence[float]) -> float | list[float]:
-    return float(value) if isinstance(value, int | float) else [float(each) for each in value]
+    return [float(each) for each in value] if isinstance(value, Iterable) else float(value)
 
 
 def _stages(grid: tuple[int, int], image: tuple[int, int], skips: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,11 +35,17 @@ class Layout:
     width: int
 
     @staticmethod
-    def of(output: Tensor, layer: str) -> Layout:
-        """Read the layout off a layer's output; a 4-D tensor with equal middle sides and a longer last one is NHWC."""
+    def of(output: Tensor, layer: str, image: Sequence[int]) -> Layout:
+        """Read the layout off a layer's output for images of some height and width.
+
+        A 4-D tensor is NHWC where its last side is the longest and the middle ones are the image's over one stride, and
+        the last two are not; where that tells nothing, where the middle ones are equal.
+        """
         shape = tuple(output.shape)
         if output.dim() == 4:
-            if shape[1] == shape[2] != shape[3] and shape[3] > shape[1]:
+            first, last = (_scaled(sides, image) for sides in (shape[1:3], shape[2:4]))
+            told = first and not last
+            if shape[3] > max(shape[1:3]) and (told or (first == last and shape[1] == shape[2])):
                 return Layout("nhwc", shape[1], shape[2])
             return Layout("nchw", shape[2], shape[3])
         if output.dim() == 3:
@@ -70,6 +76,12 @@ class Layout:
         if self.kind == "nhwc":
             return features.permute(0, 2, 3, 1)
         return features.flatten(2).transpose(1, 2)
+
+
+def _scaled(sides: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether both sides are the image's over one stride, up to a cell that rounding or padding may add or take."""
+    strides = [(whole / (side + 1), whole / max(side - 1, 0.5)) for side, whole in zip(sides, image, strict=True)]
+    return max(low for low, _ in strides) <= min(high for _, high in strides)
 
 
 @contextmanager
@@ -191,9 +203,9 @@ def find_layer(model: nn.Module, forward: Callable[[Tensor], object], device: to
         seen: list[str] = []
         handles = []
 
-        def note(name: str, module: nn.Module, output: object, seen: list[str] = seen) -> None:
+        def note(name: str, module: nn.Module, output: object, seen: list[str] = seen, side: int = side) -> None:
             if isinstance(output, Tensor) and output.dim() == 4 and not isinstance(module, _PASSIVE):
-                layout = Layout.of(output, name)
+                layout = Layout.of(output, name, (side, side))
                 if layout.height * layout.width > 1:
                     seen.append(name)
 

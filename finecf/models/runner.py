@@ -82,7 +82,7 @@ class Runner:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [B,C] of prepared images [B,Ch,H,W], float32 or the model's float64."""
         with plain_eval(self._plain, x.device.type):
-            return self.classifier.logits_of(self._run(x.to(self._dtype)))
+            return self.classifier.logits_of(self._run(self._own(x)))
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B,C], and the mean [B,D] over the cells of the wrapped layer's map."""
@@ -103,22 +103,25 @@ class Runner:
         """The copy, not compiled; the user's model where it could not be copied."""
         return self._plain
 
+    def _own(self, x: Tensor) -> Tensor:
+        """Images for the copy: of its precision, and its own, since a model may work in place."""
+        return x.to(self._dtype, copy=True)
+
     def with_graph(self, x: Tensor) -> Tensor:
         """Logits [B,C] with their graph, inside `frozen`."""
-        # A copy: the model may work in place, which no leaf allows.
-        return self.classifier.logits_of(self._plain(x.to(self._dtype, copy=True)))
+        return self.classifier.logits_of(self._plain(self._own(x)))
 
     def _hooked(self, x: Tensor, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits, and what `take` gives of the map: at once, since layers behind may work in place."""
         taken: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-            taken.append(take(self.classifier.map_of(output)))
+            taken.append(take(self.classifier.map_of(output, x.shape[2:])))
 
         with plain_eval(self._plain, x.device.type):
             handle = self._plain.get_submodule(self.classifier.layer_name).register_forward_hook(keep)
             try:
-                logits = self.classifier.logits_of(self._plain(x.to(self._dtype)))
+                logits = self.classifier.logits_of(self._plain(self._own(x)))
             finally:
                 handle.remove()
         return logits, taken[0]
@@ -152,7 +155,7 @@ class Runner:
         handles = [module.register_forward_hook(weigh) for module in leaves]
         try:
             with plain_eval(self._plain, image.device.type):
-                self._plain(image[None].to(self._dtype))
+                self._plain(self._own(image[None]))
         finally:
             for handle in handles:
                 handle.remove()

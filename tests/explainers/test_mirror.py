@@ -528,7 +528,7 @@ def test_training_draws_what_explaining_draws(prior: str, shift: str) -> None:
         found = own.head.reflect(features.mean((2, 3)), sample.source, sample.target, "closed_form")
         trained, _ = own._decode_pair(features, skips, found, sample)
         mirror = finecf.MirrorCFE(own.classifier, own.decoder, shift=shift, corrections=0)
-        drawing = mirror._drawing(own.decoder, sample.images, sample.target.tolist(), predicted.tolist(), 0)
+        drawing = mirror._drawing(own.decoder, sample.images, predicted, sample.target)
         drawn, _, _ = drawing.at(torch.arange(7, device=DEVICE), sample.k)
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-4)
     assert float((drawn - sample.images).abs().max()) > 1e-3
@@ -1009,13 +1009,13 @@ def test_the_search_stops_each_image_at_its_first_counterfactual(resolution: flo
         won = [place for place, logits in enumerate(whole.image_logits) if int(logits.argmax()) == 1]
         own = won[0] + 1 if won else number
         assert each.first_k == (pytest.approx(grid[won[0]]) if won else None)
-        # The image, and its drawing at k = 0, which is not corrected; one that is costs a drawing for its slope.
-        least, most = 2 + (1 + own), 2 + (1 + own) * (2 + corrections)
+        # The image, twice, and its drawing at k = 0, which is not corrected; one that is costs a drawing for its slope.
+        least, most = 3 + (1 + own), 3 + (1 + own) * (2 + corrections)
         assert least <= each.evaluations <= most
         assert corrections or each.evaluations == least
         if won:
             torch.testing.assert_close(each.first_image, whole.images[won[0]])
-        tried += each.evaluations - 1
+        tried += each.evaluations - 2
     assert mirror.decoder.images == tried
 
 
@@ -1331,7 +1331,7 @@ def test_a_correction_makes_up_for_what_is_missing_where_all_is_linear(shift: st
         assert each.corrections == 1
         torch.testing.assert_close(each.images[0], each.prepared, rtol=0, atol=1e-6)
         drawn = 4 + round((each.first_k - 0.5) / 0.02)  # the strip's four beyond k = 0, the search
-        assert each.evaluations == 2 + 3 * drawn
+        assert each.evaluations == 3 + 3 * drawn
 
 
 def test_no_smaller_change_would_do() -> None:
@@ -1398,7 +1398,7 @@ def test_graphs_of_corrections_keep_to_the_memory_budget() -> None:
     """As many images share a graph as fit in; it makes no difference to what is drawn."""
     trained, _ = fitted(**CHANGE)
     clf, x = trained.classifier, data(6)
-    wanted = others(clf, x).tolist()
+    wanted = others(clf, x)
     most: dict[int, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pairs that were not trained
@@ -1406,7 +1406,7 @@ def test_graphs_of_corrections_keep_to_the_memory_budget() -> None:
         for budget in (1, 1 << 30):
             mirror = finecf.MirrorCFE(clf, trained.decoder, memory_budget=1 << 30)
             drawing = dataclasses.replace(
-                mirror._drawing(trained.decoder, clf.prepare(x), wanted, None, 0), budget=budget
+                mirror._drawing(trained.decoder, clf.prepare(x), clf.logits(x).argmax(1), wanted), budget=budget
             )
             sizes: list[int] = []
             hook = clf.model.register_forward_pre_hook(
@@ -1477,11 +1477,11 @@ def test_a_corrected_blur_is_corrected_for_half() -> None:
         short = ((image + smooth) / 2 - latent).amax(1)[1:]
         torch.testing.assert_close(short, torch.zeros_like(short), rtol=0, atol=0.0201 * way)
         sharp.append(float((image - latent).amax(1)[1:].abs().max()))
-        assert each.evaluations % 2 == 0  # the image, its drawing at k = 0, and all others sharp and blurred
+        assert each.evaluations % 2  # the image, twice, its drawing at k = 0, and all others sharp and blurred
     assert max(sharp) > 3e-3 * scale
     for each in corrected(1, share=0.4, correction_blur=1.5, shift="per_cell")[2]:
         drawn = 4 + (25 if each.first_k is None else round((each.first_k - 0.5) / 0.02))
-        assert each.evaluations == 2 + 6 * drawn  # once, for its slope, and corrected; each time sharp and blurred
+        assert each.evaluations == 3 + 6 * drawn  # once, for its slope, and corrected; each time sharp and blurred
 
 
 def test_a_row_at_zero_stays_whatever_others_do() -> None:
@@ -1490,7 +1490,7 @@ def test_a_row_at_zero_stays_whatever_others_do() -> None:
     mirror = finecf.MirrorCFE(clf, trained.decoder, corrections=3, correction_blur=1.0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pairs that were not trained
-        drawing = mirror._drawing(trained.decoder, clf.prepare(x), others(clf, x).tolist(), None, 0)
+        drawing = mirror._drawing(trained.decoder, clf.prepare(x), clf.logits(x).argmax(1), others(clf, x))
         k = torch.tensor([0.0, 0.7, 0.0], dtype=torch.float64, device=DEVICE)
         images, _, _ = drawing.at(torch.arange(3, device=DEVICE), k)
     torch.testing.assert_close(images[[0, 2]], x[[0, 2]], rtol=0, atol=1e-6)

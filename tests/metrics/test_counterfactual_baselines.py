@@ -314,7 +314,7 @@ def test_a_decoder_of_changes_starts_from_the_image():
 def test_skips_and_the_spatial_prior_are_those_of_the_decoder():
     classifier = finecf.wrap(network(), layer="trunk")
     torch.manual_seed(2)
-    decoder = MirrorDecoder(shape_of(classifier, images(1)[0], skips=True), width=8)
+    decoder = MirrorDecoder(shape_of(classifier, images(1)[0], skips=True), width=8, editor="replace")
     mirror = finecf.MirrorCFE(classifier, decoder)
     x, references = images(5), images(60, seed=2)
     order = classifier.logits(x).argsort(1, descending=True)
@@ -325,20 +325,35 @@ def test_skips_and_the_spatial_prior_are_those_of_the_decoder():
     reference = classifier.features(references[found.reference]).mean((2, 3))
     step = (reference - features.mean((2, 3)))[:, :, None, None]
 
-    def slowly(k: float) -> Tensor:
+    def slowly(k: float, masked: bool = True) -> Tensor:
         moved = features + k * step
         places = torch.full((5,), k, device=x.device)
         prior = activation_prior(classifier.cam(moved, source), classifier.cam(moved, target), places)
         with torch.no_grad():
-            return decoder(moved, skips, decoder.prepare(skips), prior)
+            return decoder(moved, skips, decoder.prepare(skips), prior if masked else None)
 
     for place, k in enumerate((0.0, 0.6)):
         torch.testing.assert_close(found.strip[:, place], slowly(k), rtol=0, atol=1e-5)
+        assert float((slowly(k) - slowly(k, masked=False)).abs().max()) > 1e-4
     said = torch.stack([classifier.logits(slowly(k)).argmax(1) for k in (0.2, 0.4, 0.6, 0.8, 1.0)], 1)
     hits = said == target[:, None]
     first = torch.where(hits.any(1), 0.2 * (hits.int().argmax(1) + 1), math.nan)
     torch.testing.assert_close(found.k.float(), first.float(), equal_nan=True)
     assert torch.equal(found.found, hits.any(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_of_another_precision_are_interpolated(dtype):
+    classifier = finecf.wrap(network(), layer="trunk")
+    torch.manual_seed(2)
+    decoder = MirrorDecoder(shape_of(classifier, images(1)[0]), width=8)
+    mirror = finecf.MirrorCFE(classifier, decoder)
+    x, references = images(5).to(dtype), images(60, seed=2).to(dtype)
+    target = classifier.logits(x).argsort(1, descending=True)[:, 1]
+    found = latent_interpolation(mirror, x, target, references, 3)
+    plain = latent_interpolation(mirror, x.float(), target, references.float(), 3)
+    torch.testing.assert_close(found.images.float(), plain.images, rtol=0, atol=1e-3)
+    assert torch.equal(found.found, plain.found)
 
 
 @pytest.mark.parametrize(

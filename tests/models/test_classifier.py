@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import finecf
 from finecf.models import Classifier
+from finecf.models.layers import Layout
 
 
 def hooks(model: nn.Module) -> int:
@@ -461,6 +462,78 @@ def test_pyramid_goes_from_shallow_to_deep() -> None:
     maps = clf.pyramid(x)
     assert [tuple(m.shape) for m in maps] == [(2, 8, 16, 16), (2, 12, 8, 8)]
     torch.testing.assert_close(maps[-1], clf.features(x))
+
+
+class Wide(nn.Module):
+    """Maps of as many channels as rows, for images twice as wide as high: [B,8,8,16], then `body` [B,12,4,8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 12, 2, 2), nn.ReLU())
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+
+def test_as_many_channels_as_rows_are_channels_all_the_same() -> None:
+    model = seeded(Wide)
+    clf = finecf.wrap(model, layer="body")
+    x = torch.rand(2, 3, 32, 64, device=DEVICE)
+    with torch.no_grad():
+        stem = model.stem(x)
+        body = model.body(stem)
+    first, last = clf.pyramid(x)
+    assert torch.equal(first, stem)
+    assert torch.equal(last, body)
+    assert [tuple(each.shape) for each in finecf.wrap(model, layer="stem").pyramid(x)] == [(2, 8, 8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "layout"),
+    [
+        ((1, 64, 64, 128), (128, 256), ("nchw", 64, 128)),
+        ((1, 64, 64, 64), (256, 256), ("nchw", 64, 64)),
+        ((1, 7, 7, 768), (224, 224), ("nhwc", 7, 7)),
+        ((1, 7, 14, 768), (224, 448), ("nhwc", 7, 14)),
+        ((1, 14, 7, 768), (448, 224), ("nhwc", 14, 7)),
+        ((1, 8, 10, 96), (250, 300), ("nhwc", 8, 10)),
+        ((1, 512, 8, 10), (250, 300), ("nchw", 8, 10)),
+        ((1, 512, 7, 7), (224, 448), ("nchw", 7, 7)),  # pooled to a fixed size
+        ((1, 8, 16, 16), (64, 128), ("nchw", 16, 16)),  # likewise; 16 channels would be no more than cells a row
+        ((1, 6, 6, 32), (100, 300), ("nhwc", 6, 6)),
+    ],
+    ids=str,
+)
+def test_the_cells_are_laid_out_as_the_image_is(
+    shape: tuple[int, ...], image: tuple[int, int], layout: tuple[str, int, int]
+) -> None:
+    assert Layout.of(torch.empty(shape), "layer", image) == Layout(*layout)
+
+
+class Channelled(Wide):
+    """Its map is [B,H,W,D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = Last()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.last(self.body(self.stem(x))).mean((1, 2)))
+
+
+class Last(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+def test_channels_may_come_last_in_wide_images() -> None:
+    clf = finecf.wrap(seeded(Channelled), layer="last")
+    x = torch.rand(2, 3, 32, 64, device=DEVICE)
+    features, logits = clf.features_and_logits(x)
+    assert tuple(features.shape) == (2, 12, 4, 8)
+    torch.testing.assert_close(clf.logits_from(features), logits)
 
 
 # Losses through the model
