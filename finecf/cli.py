@@ -100,6 +100,9 @@ def _sentences(command: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
         except (ValueError, TypeError, OSError, ImportError) as error:
             Console(stderr=True, highlight=False).print(f"[bold red]finecf:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as stop:
+            Console(stderr=True, highlight=False).print(escape(str(stop) or "interrupted"), soft_wrap=True)
+            raise typer.Exit(130) from stop
 
     return guarded
 
@@ -318,12 +321,16 @@ def train(
         list[str] | None, typer.Option(help="mirror: a loss's weight, as in triangulation=0; may be repeated.")
     ] = None,
     spatial_prior: Annotated[bool, typer.Option(help="mirror: whether only cells of evidence may change.")] = True,
-    previews: Annotated[Path | None, typer.Option(help="mirror: a folder for strips of images.")] = None,
+    previews: Annotated[
+        Path | None, typer.Option(help="mirror: a folder for strips of images, one every 500 steps.")
+    ] = None,
 ) -> None:
     """Train the small networks that ship with finecf, or a decoder; an interrupted training goes on from its file."""
     settings: dict[str, Any] = {"seed": seed, "precision": precision, "threads": threads, "progress": True}
     path = out or Path(f"{what}.safetensors")
     if what == "mirror":
+        if epochs is not None:
+            raise ValueError("train mirror counts steps, not epochs: give --steps")
         named = [each.partition("=") for each in weight or []]
         try:
             weights = {name: float(value) for name, _, value in named}
@@ -566,9 +573,19 @@ def _user_classifier(
     if normalise == "auto":
         normalise = "imagenet" if model.startswith("torchvision:") else "none"
     module = _model(model, weights, len(class_names)).to(device)
-    return images, wrap(
+    classifier = wrap(
         module, layer=layer, class_names=class_names, preprocess=_imagenet if normalise == "imagenet" else None
     )
+    try:
+        classifier.logits(classifier.prepare(images.images([0])))
+    except ValueError as error:
+        if labels is None and classifier.num_classes not in (None, len(class_names)):
+            raise ValueError(
+                f"--data: {data} has {len(class_names)} subfolders, which are taken for the model's outputs, and the "
+                f"model has {classifier.num_classes}: give --labels FILE, a name for each output, one a line"
+            ) from error
+        raise
+    return images, classifier
 
 
 def _imagenet(images: Tensor) -> Tensor:
@@ -606,6 +623,8 @@ def _from_file(path: Path, function: str) -> nn.Module:
     if spec is None or spec.loader is None:
         raise ValueError(f"--model: {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.insert(0, str(path.parent.resolve()))  # as Python does: files beside it can be imported
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +399,17 @@ def test_wrapped_weights_are_unwrapped(folder: Path, key: str) -> None:
     assert "holds no state dict" in output
 
 
+def test_subfolders_that_are_no_outputs_are_told_of(folder: Path) -> None:
+    names = sorted(path.name for path in (folder / "data").iterdir())
+    shutil.rmtree(folder / "data" / names[0])
+    code, output = explain(folder, "--all-mistakes")
+    assert code == 2
+    assert "has 2 subfolders, which are taken for the model's outputs, and the model has 3: give --labels" in output
+    (folder / "names.txt").write_text("\n".join(names))
+    code, output = explain(folder, "--all-mistakes", "--no-figures", "--labels", folder / "names.txt")
+    assert code == 0, output
+
+
 def test_a_whole_model_is_no_weights_file(folder: Path) -> None:
     weights = folder / "weights.pt"
     torch.save({"model": torch.nn.Sequential(torch.nn.Linear(3, 3))}, weights)
@@ -591,6 +604,30 @@ def test_an_unknown_demo_is_refused(tmp_path: Path) -> None:
     code, output = run("train", "dogs")
     assert code == 2
     assert "train takes birds, digits, fashion or mirror" in output
+
+
+def test_mirror_is_not_trained_by_epochs() -> None:
+    code, output = run("train", "mirror", "--epochs", "3")
+    assert code == 2
+    assert "train mirror counts steps, not epochs: give --steps" in output
+
+
+def test_ctrl_c_in_a_training_says_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("training was interrupted after 2 of 6 steps; d.resume holds the state")
+
+    monkeypatch.setattr(cli, "train_mirror", stopped)
+    code, output = run("train", "mirror")
+    assert code == 130
+    assert "training was interrupted after 2 of 6 steps" in output
+
+
+def test_a_models_file_may_import_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "finecf_neighbour.py").write_text("from torch import nn\n\nNET = nn.Linear(2, 2)\n")
+    (tmp_path / "own.py").write_text("from finecf_neighbour import NET\n\n\ndef build():\n    return NET\n")
+    assert isinstance(cli._from_file(tmp_path / "own.py", "build"), torch.nn.Linear)
+    sys.modules.pop("finecf_neighbour")
 
 
 def test_the_doctor_says_what_is_loaded() -> None:

@@ -251,8 +251,8 @@ def check_range(x: Tensor, low: Tensor, high: Tensor) -> None:
     if bool(((x < low - slack) | (x > high + slack)).any()):
         raise ValueError(
             f"the images reach from {float(x.min()):.3g} to {float(x.max()):.3g}, beyond the decoder's image_range "
-            f"({low.flatten().tolist()} to {high.flatten().tolist()}): scale them, or build the decoder with the range "
-            "that the model takes"
+            f"({low.flatten().tolist()} to {high.flatten().tolist()}): train with decoder={{'image_range': (least, "
+            "largest)}, two numbers or two lists of one a channel, of the images as the model takes them"
         )
 
 
@@ -509,7 +509,10 @@ class Trainer:
         Raises:
             ValueError: it is of another training, or broken.
         """
-        tensors, meta = load_tensors(path)
+        try:
+            tensors, meta = load_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; to start from nothing delete it, or pass resume=False") from error
         if meta.get("of") != self.fingerprint():
             raise ValueError(
                 f"{path} is the state of a training with other settings, data or classifier; delete it, or pass "

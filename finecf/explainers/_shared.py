@@ -19,8 +19,19 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def wrapped(classifier: object) -> Classifier:
+    """A classifier that `finecf.wrap` returned."""
+    if not isinstance(classifier, Classifier):
+        raise TypeError(
+            f"classifier is a {type(classifier).__name__}; expected what finecf.wrap(model) returns: wrap it first"
+        )
+    return classifier
+
+
 def class_indices(classifier: Classifier, target: int | str | Tensor | Sequence[int | str], count: int) -> list[int]:
     """The class index of each of `count` images, from one class for all or one for each, by index or name."""
+    if target is None:
+        raise TypeError("target is None; expected a class by index or name, or one for each image")
     if hasattr(target, "tolist"):  # tensors, numpy arrays and numpy numbers
         target = target.tolist()
     names: Iterable[int | str] = [target] * count if isinstance(target, int | str) else target

@@ -20,7 +20,7 @@ from finecf.explainers._games import Game, Head, LinearGame, play
 from finecf.explainers._memory import budget_for
 from finecf.explainers._pool import Pool, PoolCache
 from finecf.explainers._search import Rules, Trace
-from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
+from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions, wrapped
 from finecf.explainers.result import Edit, FGVCEExplanation, Maps, Part, Probabilities, upsample
 from finecf.models import CandidateBank, Classifier, HeadFold
 
@@ -106,7 +106,7 @@ class FGVCE:
         progress: bool | None = None,
     ) -> None:
         chosen = PRESETS[one_of("preset", preset, tuple(PRESETS))]
-        self.classifier = classifier
+        self.classifier = wrapped(classifier)
         self.bank = bank
         self.preset = preset
         self.contribution = one_of("contribution", contribution, _contributions.METHODS)

@@ -31,7 +31,7 @@ from finecf.explainers._reflection import (
     map_steps,
     shifted_maps,
 )
-from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
+from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions, wrapped
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -167,7 +167,7 @@ class MirrorCFE:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.classifier = classifier
+        self.classifier = wrapped(classifier)
         self.reflection = "closed_form" if reflection is None else one_of("reflection", reflection, REFLECTIONS)
         self.shift = "uniform" if shift is None else one_of("shift", shift, SHIFTS)
         self.untrained_pairs = one_of("untrained_pairs", untrained_pairs, UNTRAINED)
@@ -237,7 +237,7 @@ class MirrorCFE:
         with plain(self.classifier.device):
             features, logits = self.classifier.features_and_logits(x)
             head = self._gap_head(features, logits)
-            own, _ = self._classes(logits, source, None)
+            own = self._sources(logits, source)
             classes = logits.shape[1]
             everyone = torch.arange(classes, device=x.device)
             step = max(1, self.budget // (4 * 8 * classes * max(classes, features.shape[1])))
@@ -315,14 +315,16 @@ class MirrorCFE:
             self._head, self._head_of = head, fingerprint
         return head
 
-    def _classes(self, logits: Tensor, source: Target | None, target: Target | None) -> tuple[Tensor, Tensor]:
+    def _sources(self, logits: Tensor, source: Target | None) -> Tensor:
+        """The classes to move away from, int64 [B]: the predicted ones, unless others are given."""
+        if source is None:
+            return logits.argmax(1)
+        own = class_indices(self.classifier, source, len(logits))
+        return torch.tensor(own, dtype=torch.int64, device=logits.device)
+
+    def _classes(self, logits: Tensor, source: Target | None, target: Target) -> tuple[Tensor, Tensor]:
         """Source and target classes, int64 [B] each."""
-        device = logits.device
-        own = logits.argmax(1)
-        if source is not None:
-            own = torch.tensor(class_indices(self.classifier, source, len(logits)), dtype=torch.int64, device=device)
-        if target is None:
-            return own, own
+        own, device = self._sources(logits, source), logits.device
         wanted = torch.tensor(class_indices(self.classifier, target, len(logits)), dtype=torch.int64, device=device)
         same = (own == wanted).nonzero()[:, 0]
         if len(same):
@@ -406,7 +408,8 @@ class MirrorCFE:
             precision: "float32", or "bfloat16" for decoder and discriminator.
             compile: whether these two go through torch.compile.
             checkpoint: a file. The state goes to `<checkpoint>.resume`, which is removed when the decoder is written at
-                the end.
+                the end. A file that is there already is written over: a call goes on from a state alone, and every
+                other training starts from nothing, whatever decoder the explainer holds.
             save_every: steps between two states; one is also written at an interruption.
             resume: whether to go on from `<checkpoint>.resume`.
             preview: called with the number of steps done and this explainer.
@@ -512,10 +515,12 @@ class MirrorCFE:
                         preview(trainer.step, self)
                         trainer.decoder.train()
             except KeyboardInterrupt:
-                if state is not None and trainer.whole:
-                    trainer.save(state)
-                    waiting = False
-                raise
+                done = f"training was interrupted after {trainer.step} of {trainer.recipe.steps} steps"
+                if state is None or not trainer.whole:
+                    raise KeyboardInterrupt(f"{done}; no state was written") from None
+                trainer.save(state)
+                waiting = False
+                raise KeyboardInterrupt(f"{done}; {state} holds the state, from which the same call goes on") from None
             except fitting.TrainingStopped as stop:
                 waiting = False
                 where = f"; the last good state is in {saved}"
@@ -544,9 +549,28 @@ class MirrorCFE:
                 f"the decoder in {path} was made for another classifier: {made.get('model')} with weights "
                 f"{str(made.get('weights'))[:8]}, layer {made.get('layer')!r}, {made.get('classes')} classes; this one "
                 f"is {mine['model']} with weights {str(mine['weights'])[:8]}, layer {mine['layer']!r}, "
-                f"{self.classifier.num_classes} classes. Its latents mean something else: fit a decoder for this classifier"
+                f"{self.classifier.num_classes} classes. Its latents mean something else: fit a decoder for this "
+                "classifier"
             )
         self.decoder, self.meta = decoder.to(self.classifier.device), meta
+        self._compare_names(path)
+
+    def _compare_names(self, path: str | os.PathLike[str]) -> None:
+        """Warn where the file calls a class otherwise: names in another order than the outputs lead anywhere."""
+        numbers = sorted({index for pair in self.meta.get("pairs", []) for index in pair})
+        theirs = dict(zip(numbers, self.meta.get("classes", []), strict=False))
+        if self.classifier.class_names is None or all(name == str(index) for index, name in theirs.items()):
+            return
+        mine = {index: self.classifier.class_name(index) for index in theirs}
+        other = [index for index in theirs if theirs[index] != mine[index]]
+        if other:
+            warnings.warn(
+                f"output {other[0]} is {theirs[other[0]]!r} in the decoder's file {path} and {mine[other[0]]!r} in "
+                f"class_names ({len(other)} of {len(theirs)} classes differ): if the names are not in the order of the "
+                "model's outputs, targets are other classes than they are called",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _pairs(self, pairs: Sequence[tuple[int | str, int | str]] | None) -> list[tuple[int, int]]:
         if pairs is None:
@@ -764,8 +788,9 @@ class MirrorCFE:
     def _ready(self) -> MirrorDecoder:
         if self.decoder is None:
             raise ValueError(
-                "there is no decoder yet: call fit(data, pairs=...), or give MirrorCFE(classifier, decoder=FILE); "
-                "latent_path and class_distances need none"
+                "there is no decoder yet: call fit(data, pairs=...), or give MirrorCFE(classifier, decoder=FILE) "
+                "(finecf.training.shipped_decoder names the files for the small nets that ship); latent_path and "
+                "class_distances need none"
             )
         return self.decoder
 

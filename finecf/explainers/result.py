@@ -538,6 +538,12 @@ class MirrorExplanation(Explanation):
         """Mean absolute difference along k between the target's probability for the latent and for the image."""
         return float((self.confidences() - self.confidences(latent=True))[:, 1].abs().mean())
 
+    @property
+    def taken_at_once(self) -> bool:
+        """Whether the classifier takes the image for the target as soon as it is redrawn (k = 0), nothing changed."""
+        named = self.image_logits.argmax(1) == self.target
+        return bool((named & (self.k < 1e-6)).any())
+
     def animate(self, path: str | Path, *, size: int = 256, frame_seconds: float = 0.1) -> Path:
         """Write the whole path, there and back, to a GIF file; each frame says its k and the target's probability.
 
@@ -568,9 +574,16 @@ class MirrorExplanation(Explanation):
             head,
             f"{probabilities} ({'the image of k = 1' if self.first_k is None else 'that image'})",
             f"  {drawn} (of the latent: {latent}); the image of k = 1 {mirror} classified as the target",
-            f"  mean pixel change {float(self.maps['change'].mean()):.3f}, latent against image: "
-            f"confidence gap {self.confidence_gap:.3f}, latent error {float(self.latent_error.mean()):.3f}",
+            f"  mean pixel change {float(self.maps['change'].mean()):.3f} from what is redrawn at k = 0, "
+            f"{float(self.maps['difference'].mean()):.3f} from the image itself",
+            f"  latent against image: confidence gap {self.confidence_gap:.3f}, latent error "
+            f"{float(self.latent_error.mean()):.3f}",
         ]
+        if self.taken_at_once:
+            lines.append(
+                f"  redrawn at k = 0, with nothing changed, it is already taken for {self.target_name}: what the "
+                "decoder cannot draw decides"
+            )
         return lines + notes
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from finecf.explainers import _subset
 from finecf.explainers._evaluation import Evaluation, Group, Terms
 from finecf.explainers._memory import budget_for, checked_micro_batch
-from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions
+from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions, wrapped
 from finecf.explainers._slopes import RegionSlopes
 from finecf.explainers._subset import NOISE_FACTOR, Problem, Trace
 from finecf.explainers._subset import SEARCHES as SEARCHES  # for those who offer a choice of them
@@ -98,7 +98,7 @@ class SMDL:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.classifier = classifier
+        self.classifier = wrapped(classifier)
         self.regions = regions if callable(regions) else one_of("regions", regions, METHODS)
         self.region_count = region_count
         self.search = one_of("search", search, tuple(SEARCHES))

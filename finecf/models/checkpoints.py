@@ -62,7 +62,9 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"checkpoint: expected a file at {file}, found none; make it with `finecf train`")
+        raise FileNotFoundError(
+            f"checkpoint: expected a file at {file}, found {'a folder' if file.is_dir() else 'none'}"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get(_KEY)
@@ -70,7 +72,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"checkpoint: {file} ({file.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
-            "restore it, or make it again with `finecf train`"
+            "restore it, or make it again"
         ) from error
     if header is None:
         raise ValueError(
@@ -78,9 +80,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
             "found none; it was not written by finecf"
         )
     meta = json.loads(header)
-    if meta.pop("sha256", None) != _digest(tensors):
+    if "sha256" not in meta:
+        raise ValueError(f"checkpoint: {file} was written by finecf, and holds no weights (an explanation, or a bank?)")
+    if meta.pop("sha256") != _digest(tensors):
         raise ValueError(
-            f"checkpoint: the weights in {file} are not those that were saved; "
-            "restore it, or make it again with `finecf train`"
+            f"checkpoint: the weights in {file} are not those that were saved; restore it, or make it again"
         )
     return tensors, meta

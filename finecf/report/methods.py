@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any, Final
 
 from finecf.explainers import Explanation, FGVCEExplanation, Maps, MirrorExplanation, SMDLExplanation
-from finecf.report.mirror_path import taken_at_once
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _mirror_totals(results: Sequence[MirrorExplanation]) -> dict[str, str]:
     reached = f"{len(first)} of {len(results)}"
     if first:
         reached += f"; in these at k = {fmean(first):.2f} on average"
-    at_once = sum(map(taken_at_once, results))
+    at_once = sum(result.taken_at_once for result in results)
     untrained = sum(any("not trained on this pair" in note for note in result.notes) for result in results)
     redrawn = fmean(float(result.maps["difference"].mean()) for result in results)
     totals = {

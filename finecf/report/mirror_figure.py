@@ -34,7 +34,7 @@ from finecf.report.drawing import (
     write_caption,
     write_title,
 )
-from finecf.report.mirror_path import SIDES, Place, Shown, places, shown_as, taken_at_once
+from finecf.report.mirror_path import SIDES, Place, Shown, places, shown_as
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +110,7 @@ def origin_name(explanation: MirrorExplanation) -> str:
 
 def _headline(figure: Figure, explanation: MirrorExplanation) -> None:
     said, asked = plain(explanation.predicted_name), plain(explanation.target_name)
-    if taken_at_once(explanation):
+    if explanation.taken_at_once:
         answer = (
             f"Redrawn at k = 0, with nothing changed, it is already taken for {asked}: what the "
             "decoder cannot draw decides."

@@ -73,12 +73,6 @@ def places(explanation: MirrorExplanation, most: int | None = None) -> list[Plac
     return sorted(path, key=lambda place: place.k)
 
 
-def taken_at_once(explanation: MirrorExplanation) -> bool:
-    """Whether the classifier takes the image for the target as soon as it is redrawn (k = 0), nothing changed."""
-    named = explanation.image_logits.argmax(1) == explanation.target
-    return bool((named & (explanation.k < SAME)).any())
-
-
 def shown_as(explanation: MirrorExplanation) -> Shown:
     """How images in the space of the model become RGB: all images of one explanation in the same way.
 

@@ -775,7 +775,11 @@ def test_pairs_by_name_by_index_and_in_any_order() -> None:
             ValueError,
             r"the images reach from 0 to 2, beyond the decoder's image_range \(\[0\.0, ",
         ),
-        ({"data": data() - 0.5}, ValueError, r"beyond the decoder's image_range.*scale them, or build the decoder"),
+        (
+            {"data": data() - 0.5},
+            ValueError,
+            r"beyond the decoder's image_range.*train with decoder=.'image_range': .least",
+        ),
         ({"data": data(0)}, ValueError, r"the training data is empty"),
         ({"data": (data(), torch.zeros(59))}, ValueError, r"60 training images and 59 labels"),
         ({"data": (data(),)}, ValueError, r"training data in a tuple is \(images, labels\); got 1 parts"),

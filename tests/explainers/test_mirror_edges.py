@@ -231,7 +231,76 @@ def test_a_target_that_cannot_be_asked_for_is_refused_before_anything_is_drawn()
     assert painter.images == 0
 
 
+class Green(Painter):
+    """Draws the same whatever it is given."""
+
+    def forward(self, features: Tensor, skips: Any = (), prepared: Any = (), prior: Any = None) -> Tensor:
+        return torch.zeros_like(super().forward(features)) + torch.tensor([0.2, 0.9, 0.1], device=DEVICE)[:, None, None]
+
+
+def test_a_decoder_that_draws_the_target_whatever_it_is_given_is_told_of() -> None:
+    x = coloured((0.6, 0.3, 0.2))
+    (found,) = finecf.MirrorCFE(mosaic(), Green(), corrections=0).explain(x, "green", steps=3)
+    assert found.taken_at_once
+    text = found.summary()
+    assert "redrawn at k = 0, with nothing changed, it is already taken for green" in text
+    apart = float((found.reconstruction - x[0].cpu()).abs().mean())
+    assert f"mean pixel change 0.000 from what is redrawn at k = 0, {apart:.3f} from the image itself" in text
+    (good,) = finecf.MirrorCFE(mosaic(), Painter(), corrections=0).explain(x, "green", steps=3)
+    assert not good.taken_at_once
+    assert "already taken" not in good.summary()
+
+
+@pytest.mark.parametrize("explainer", [finecf.MirrorCFE, finecf.SMDL])
+def test_a_model_that_is_not_wrapped_is_told_apart(explainer: Any) -> None:
+    with pytest.raises(TypeError, match=r"classifier is a Mosaic; expected what finecf\.wrap\(model\) returns"):
+        explainer(Mosaic())
+
+
+def test_a_target_must_be_given() -> None:
+    with pytest.raises(TypeError, match="target is None; expected a class"):
+        finecf.MirrorCFE(mosaic(), Painter()).explain(coloured((0.6, 0.3, 0.2)), None)
+    with pytest.raises(TypeError, match="target is None; expected a class"):
+        finecf.MirrorCFE(mosaic()).latent_path(coloured((0.6, 0.3, 0.2)), None)
+
+
 # ---- what is written with a decoder
+
+
+def test_names_in_another_order_than_the_outputs_are_warned_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = tmp_path / "d.safetensors"
+    net = GapNet()
+    names = ["auk", "bee-eater", "crow", "dunnock"]
+    finecf.MirrorCFE(finecf.wrap(net, layer="block", class_names=names)).fit(data(), PAIRS, checkpoint=file, **TINY)
+    finecf.MirrorCFE(finecf.wrap(net, layer="block", class_names=names), file)
+    finecf.MirrorCFE(finecf.wrap(net, layer="block"), file)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"output 0 is 'auk' in .* and 'dunnock' in class_names \(3 of 3 classes differ"
+    ):
+        finecf.MirrorCFE(finecf.wrap(net, layer="block", class_names=names[::-1]), file)
+    finecf.MirrorCFE(finecf.wrap(net, layer="block")).fit(data(), PAIRS, checkpoint=file, **TINY)
+    finecf.MirrorCFE(finecf.wrap(net, layer="block", class_names=names), file)  # it was trained without names
+    assert not recwarn
+
+
+def test_ctrl_c_says_where_the_training_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted after 2 of 6 steps; .*d\.safetensors\.resume holds the"):
+        fitted(checkpoint=tmp_path / "d.safetensors", preview=stop_at(2), preview_every=1)
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted after 2 of 6 steps; no state was written"):
+        fitted(preview=stop_at(2), preview_every=1)
+
+
+def test_files_of_another_kind_are_told_apart(tmp_path: Path) -> None:
+    clf = mosaic()
+    (found,) = finecf.MirrorCFE(clf, Painter(), corrections=0).explain(coloured((0.6, 0.3, 0.2)), 1, steps=2)
+    found.save(tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match="was written by finecf, and holds no weights"):
+        finecf.MirrorCFE(clf, tmp_path / "e.safetensors")
+    with pytest.raises(FileNotFoundError, match="found a folder"):
+        finecf.MirrorCFE(clf, tmp_path)
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
