@@ -516,11 +516,12 @@ class MirrorCFE:
                         trainer.decoder.train()
             except KeyboardInterrupt:
                 done = f"training was interrupted after {trainer.step} of {trainer.recipe.steps} steps"
-                if state is None or not trainer.whole:
+                if state is not None and trainer.whole:
+                    trainer.save(state)
+                    saved, waiting = state, False
+                if saved is None and not waiting:
                     raise KeyboardInterrupt(f"{done}; no state was written") from None
-                trainer.save(state)
-                waiting = False
-                raise KeyboardInterrupt(f"{done}; {state} holds the state, from which the same call goes on") from None
+                raise KeyboardInterrupt(f"{done}; the same call goes on from the state in {state}") from None
             except fitting.TrainingStopped as stop:
                 waiting = False
                 where = f"; the last good state is in {saved}"
