@@ -485,7 +485,8 @@ def test_searches_of_images_do_not_mix() -> None:
             assert torch.equal(one[0], all_of_them[image])
 
 
-def test_threads_give_the_same_bits() -> None:
+def test_threads_give_the_same_bits(implementation: str) -> None:
+    """But for the reference, whose matrix products are torch's: on some processors they are cut by thread."""
     arguments = cases.search(2, 49, 17, 300, scale=0.7) | {"max_edits": 4}
     rng = cases.generator(0)
     query, bank = cases.normal(rng, 9, 16), cases.normal(rng, 5000, 16)
@@ -494,7 +495,11 @@ def test_threads_give_the_same_bits() -> None:
         torch.set_num_threads(threads)
         results.append((*ops.replace_until_flip(**arguments), *ops.nearest_candidates(query, bank, 5)))
     for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+        for one, two in zip(results[0], other, strict=True):
+            if implementation == "reference" and one.is_floating_point():
+                torch.testing.assert_close(two, one, rtol=0, atol=2e-6)
+            else:
+                assert torch.equal(one, two)
 
 
 def test_edits_of_nothing() -> None:
