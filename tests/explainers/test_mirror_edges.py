@@ -109,18 +109,23 @@ def test_a_model_that_works_in_place_gets_a_copy() -> None:
 # ---- trainings that go wrong
 
 
-@pytest.mark.parametrize("changed", [{"learning_rate": 1e-4}, {"precision": "bfloat16"}], ids=["rate", "precision"])
-def test_after_a_nan_the_advice_can_be_followed(
-    changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, calls = tmp_path / "d.safetensors", []
-    function = _mirror_losses.reconstruction
+def nan_in_the_fifth_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make the fifth reconstruction loss NaN; the list grows with every one."""
+    function, calls = _mirror_losses.reconstruction, []
 
     def broken(*arguments: Any) -> Tensor:
         calls.append(1)
         return function(*arguments) * (math.nan if len(calls) == 5 else 1)
 
     monkeypatch.setattr(_mirror_losses, "reconstruction", broken)
+    return calls
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 1e-4}, {"precision": "bfloat16"}], ids=["rate", "precision"])
+def test_after_a_nan_the_advice_can_be_followed(
+    changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, calls = tmp_path / "d.safetensors", nan_in_the_fifth_step(monkeypatch)
     with pytest.raises(TrainingStopped, match=r"a state may be gone on from with these two changed"):
         fitted(checkpoint=out, save_every=3)
     mirror, losses = fitted(checkpoint=out, **changed)
@@ -132,16 +137,10 @@ def test_after_a_nan_the_advice_can_be_followed(
 def test_a_state_of_which_the_next_step_diverges_does_not_replace_a_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, calls = tmp_path / "d.safetensors", []
-    function = _mirror_losses.reconstruction
-
-    def broken(*arguments: Any) -> Tensor:
-        calls.append(1)
-        return function(*arguments) * (math.nan if len(calls) == 5 else 1)
-
-    monkeypatch.setattr(_mirror_losses, "reconstruction", broken)
+    out, calls = tmp_path / "d.safetensors", nan_in_the_fifth_step(monkeypatch)
     with pytest.raises(TrainingStopped, match=r"the last good state is in .*\.resume"):
         fitted(checkpoint=out, save_every=2)
+    assert len(calls) == 5
     assert load_tensors(tmp_path / "d.safetensors.resume")[1]["step"] == 2  # that of step 4 gave the NaN
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors.resume"]
 
