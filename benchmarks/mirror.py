@@ -34,6 +34,7 @@ from finecf.data import SyntheticBirds
 from finecf.explainers import MirrorExplanation
 from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.metrics import (
+    CounterfactualScores,
     bootstrap_mean,
     counterfactual_scores,
     cout,
@@ -104,11 +105,11 @@ def chosen_images(
     return numbers, pictures[numbers], torch.tensor([partner[int(label)] for label in labels[numbers]])
 
 
-def row_of(classifier: Classifier, x: Tensor, target: Tensor, own: Images, real: Tensor) -> dict[str, Any]:
-    """All scores of one method."""
-    scores = counterfactual_scores(
-        classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype)
-    ).means()
+def row_of(
+    classifier: Classifier, x: Tensor, target: Tensor, own: Images, each: CounterfactualScores, real: Tensor
+) -> dict[str, Any]:
+    """All scores of one method; `each`: those that are image by image."""
+    scores = each.means()
     blurred = gaussian_blur(own.images, 1.0)
     features = torch.cat([classifier.features(part).mean((2, 3)) for part in blurred.split(64)])
     denoised = (features - own.latents.to(features)).abs().mean(1)[own.found]
@@ -140,6 +141,22 @@ def mirrored(found: list[MirrorExplanation], path: finecf.explainers.LatentPath,
     )
     mirror = Images(torch.stack([each.mirror_image for each in found]), torch.ones(len(found), dtype=torch.bool), end)
     return [first, mirror]
+
+
+def beside(on: str, rows: dict[str, Images], scores: dict[str, CounterfactualScores]) -> Table:
+    """The first counterfactuals against every other method's, on the images for which there are both."""
+    table = Table(f"{on}: Mirror-CFE's first counterfactual minus another's, of the same images", [])
+    own, *others = [name for name in rows if not name.endswith(("k = 1", "driven on"))]
+    for name in others:
+        both = rows[own].found & rows[name].found
+        table.rows[name] = {"images": int(both.sum())}
+        for column, score in (("L1", "l1"), ("latent error", "latent_error")):
+            if both.any():
+                table.rows[name][column] = paired_bootstrap(
+                    getattr(scores[own], score)[both], getattr(scores[name], score)[both]
+                )
+    table.columns = ["images", "L1", "latent error"]
+    return table
 
 
 def kept(classifier: Classifier, images: Tensor, wanted: Tensor, sigma: float) -> float:
@@ -187,8 +204,12 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     rows["nearest real image"] = Images(real.images, everywhere, end.latents)
     of_targets = references[torch.isin(labels, target.unique())]
     table = Table(f"{on}: {len(x)} held-out images", [])
+    scores = {
+        name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
+        for name, own in rows.items()
+    }
     for name, own in rows.items():
-        table.rows[name] = row_of(classifier, x, target, own, of_targets)
+        table.rows[name] = row_of(classifier, x, target, own, scores[name], of_targets)
     table.columns = list(next(iter(table.rows.values())))
     faithful = Table(f"{on}: from latent to image, over k", ["mean", "95 % interval"])
     for name, values in (
@@ -205,7 +226,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     for name, images, wanted in (("the images themselves", x, called), ("Mirror-CFE, k = 1", end.images, target)):
         blurred.rows[name] = {f"{sigma:g} pixels": kept(classifier, images, wanted, sigma) for sigma in BLURS}
     blurred.columns = list(blurred.rows["Mirror-CFE, k = 1"])
-    tables = [table, faithful, blurred]
+    tables = [table, beside(on, rows, scores), faithful, blurred]
     summary = {
         "first found": table.rows["Mirror-CFE, first"]["found"],
         "valid, k = 1": table.rows["Mirror-CFE, k = 1"]["valid"],

@@ -22,6 +22,7 @@ from tqdm import trange
 import finecf
 from finecf.data.birds import SyntheticBirds
 from finecf.explainers._mirror_draw import prior_of
+from finecf.explainers._mirror_fit import partners_of
 from finecf.explainers._reflection import GapHead, map_steps, shifted_maps
 from finecf.models import Classifier
 from finecf.models.decoder import MirrorDecoder, shape_of
@@ -35,10 +36,7 @@ RATE = 1.5e-3
 def taught_pairs(classifier: Classifier, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Birds uint8 [N,3,H,W] that the classifier recognises, their classes, other ones, and the birds redrawn so."""
     birds = SyntheticBirds("train", n=KNOWN_BIRDS + count)
-    partners: dict[int, list[int]] = {}
-    for p, q in mirror_recipe("birds").pairs:
-        partners.setdefault(p, []).append(q)
-        partners.setdefault(q, []).append(p)
+    partners = partners_of(mirror_recipe("birds").pairs)
     draws = torch.Generator().manual_seed(0)
     rows = []
     for number in range(KNOWN_BIRDS, KNOWN_BIRDS + count):

@@ -11,7 +11,7 @@ import math
 import operator
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -131,6 +131,15 @@ def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
             raise ValueError(f"the weight of the {name} loss must be a number of at least 0; got {weight}")
         chosen[name] = float(weight)
     return chosen
+
+
+def partners_of(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """The classes that each class of the pairs may be led to."""
+    partners: dict[int, list[int]] = {}
+    for first, second in pairs:
+        partners.setdefault(first, []).append(second)
+        partners.setdefault(second, []).append(first)
+    return partners
 
 
 Items = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor] | Tensor
@@ -310,10 +319,7 @@ class Trainer:
             "discriminator": torch.optim.Adam(self.discriminator.parameters(), **settings),
         }
         self.classes = look_through(self.pool, self.classifier, self.pairs, self.decoder)
-        self.partners: dict[int, list[int]] = {}
-        for first, second in self.pairs:
-            self.partners.setdefault(first, []).append(second)
-            self.partners.setdefault(second, []).append(first)
+        self.partners = partners_of(self.pairs)
         self.sources = torch.cat([self.classes.members[index] for index in sorted(self.partners)])
         self._decode: Callable[..., Tensor] = torch.compile(self.decoder) if self.compile else self.decoder
         self._judge: Callable[..., Tensor] = torch.compile(self.discriminator) if self.compile else self.discriminator

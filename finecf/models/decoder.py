@@ -262,7 +262,8 @@ class MirrorDecoder(nn.Module):
                     edited = (1 - mask) * skips[number] + mask * edited
                 x = torch.cat([x, edited], 1)
             x = self.stages[stage - 1](x)
-        share = torch.sigmoid(F.pixel_shuffle(self.to_image(x), self.subpixel)).to(self.low.dtype)
+        # Widened first: a sigmoid in bfloat16 has steps of up to 1/256, as large as many a change.
+        share = torch.sigmoid(F.pixel_shuffle(self.to_image(x), self.subpixel).to(self.low.dtype))
         return self.low + (self.high - self.low) * share
 
     def shown(self, image: Tensor, moved: Tensor, start: Tensor, prior: Tensor | None = None) -> Tensor:

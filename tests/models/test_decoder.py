@@ -243,6 +243,19 @@ def test_a_change_is_added_under_the_prior_and_fades_within_half_a_cell() -> Non
     torch.testing.assert_close(free.shown(image, moved, start, prior), whole)
 
 
+def test_in_half_precision_the_last_step_is_taken_at_full_width() -> None:
+    """A sigmoid in bfloat16 would have steps of 1/256 above one half."""
+    net = decoder(SHAPES["32 px"])
+    nn.init.zeros_(net.to_image.weight)
+    nn.init.constant_(net.to_image.bias, 0.6875)  # which bfloat16 has
+    features, _ = maps_of(SHAPES["32 px"])
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        drawn = net(features)
+    wanted = torch.sigmoid(torch.tensor(0.6875))
+    assert abs(float(wanted.bfloat16()) - float(wanted)) > 1e-4
+    torch.testing.assert_close(drawn, wanted.to(DEVICE).expand_as(drawn))
+
+
 def test_without_the_spatial_prior_everything_may_be_edited() -> None:
     shape = SHAPES["64 px, skips"]
     net, free = decoder(shape), decoder(shape, spatial_prior=False)
