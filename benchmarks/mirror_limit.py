@@ -21,7 +21,7 @@ from tqdm import trange
 
 import finecf
 from finecf.data.birds import SyntheticBirds
-from finecf.explainers._mirror_draw import prior_of
+from finecf.explainers._mirror_draw import draw_pair
 from finecf.explainers._mirror_fit import partners_of
 from finecf.explainers._reflection import GapHead, map_steps, shifted_maps
 from finecf.models import Classifier
@@ -53,14 +53,11 @@ def taught_pairs(classifier: Classifier, count: int) -> tuple[Tensor, Tensor, Te
 def drawn(
     classifier: Classifier, head: GapHead, decoder: MirrorDecoder, x: Tensor, source: Tensor, target: Tensor, k: Tensor
 ) -> Tensor:
-    """The images at k [B], with their graph: what is drawn of f_k and of f_s is one batch, as in `MirrorCFE.fit`."""
+    """The images at k [B], with their graph."""
     *skips, features = classifier.pyramid(x)
     reflected = head.reflect(features.mean((2, 3)), source, target, "closed_form")
     moved = shifted_maps(features, map_steps(head, reflected, features, source, target, "per_cell"), k)
-    prior = prior_of(classifier, decoder, features, moved, source, target, k.float())
-    twice = [[torch.cat([each, each]) for each in several] for several in (skips, decoder.prepare(skips))]
-    images = decoder(torch.cat([moved, features]), *twice, torch.cat([prior, prior])).float()
-    return decoder.shown(x, *images.chunk(2), prior)
+    return draw_pair(classifier, decoder, x, (moved, features), skips, (source, target), k)[0]
 
 
 def teach(classifier: Classifier, steps: int, count: int) -> MirrorDecoder:

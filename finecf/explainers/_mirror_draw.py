@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,6 +95,43 @@ def prior_of(
     read = (features if decoder.contrasts else moved).detach()
     activations = classifier.cam(read, source), classifier.cam(read, target)
     return (contrast_prior if decoder.contrasts else activation_prior)(*activations, k, decoder.prior_range)
+
+
+def draw_pair(
+    classifier: Classifier,
+    decoder: MirrorDecoder,
+    images: Tensor,
+    maps: tuple[Tensor, Tensor],
+    skips: Sequence[Tensor],
+    classes: tuple[Tensor, Tensor],
+    k: Tensor,
+    decode: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """With their graph, the images at k and what is drawn at 0: one batch, so that batch norms see both.
+
+    The image at 0 is drawn under the prior of k, so that the editor learns to leave alone what it may change (O).
+
+    Args:
+        classifier: what the maps are of.
+        decoder: what draws them.
+        images: the source images [B,Ch,H,W].
+        maps: moved ones and the images' own, [B,D,h,w] each.
+        skips: the source's maps at the skip levels.
+        classes: source and target, int64 [B] each.
+        k: [B].
+        decode: what is called in the decoder's place: the decoder compiled.
+    """
+    moved, features = maps
+    prior = both = None
+    if decoder.masks:
+        named = *classes, k.to(features.dtype)
+        prior = prior_of(classifier, decoder, features, moved, *named)
+        # What is subtracted is drawn as what it is subtracted from.
+        own = prior if decoder.changes else prior_of(classifier, decoder, features, features, *named)
+        both = torch.cat([prior, own])
+    twice = [[torch.cat([each, each]) for each in several] for several in (skips, decoder.prepare(skips))]
+    drawn, start = (decode or decoder)(torch.cat([moved, features]), *twice, both).float().chunk(2)
+    return decoder.shown(images, drawn, start, prior), start
 
 
 def places_of(name: str, steps: Steps, device: torch.device) -> Tensor:

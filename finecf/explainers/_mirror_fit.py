@@ -32,7 +32,7 @@ from torch.utils.data import (
 )
 
 from finecf.explainers import _mirror_losses as losses
-from finecf.explainers._mirror_draw import prior_of
+from finecf.explainers._mirror_draw import draw_pair
 from finecf.explainers._reflection import GapHead, map_steps, shifted_maps
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors, save_tensors
@@ -444,25 +444,11 @@ class Trainer:
     def _decode_pair(
         self, features: Tensor, skips: list[Tensor], reflected: Any, sample: Sample
     ) -> tuple[Tensor, Tensor]:
-        """The images at k and what is drawn at 0: one batch, so that batch norms see both.
-
-        The image at 0 is drawn under the prior of k, so that the editor learns to leave alone what it may change (O).
-        """
+        """The images at k and what is drawn at 0."""
         classes, recipe = (sample.source, sample.target), self.recipe
         steps = map_steps(self.head, reflected, features, *classes, recipe.shift, recipe.reflection)
-        moved = shifted_maps(features, steps, sample.k)
-        maps = torch.cat([moved, features])
-        prior = both = None
-        if self.decoder.masks:
-            named = sample.source, sample.target, sample.k.to(features.dtype)
-            prior = prior_of(self.classifier, self.decoder, features, moved, *named)
-            # What is subtracted is drawn as what it is subtracted from.
-            own = prior if self.decoder.changes else prior_of(self.classifier, self.decoder, features, features, *named)
-            both = torch.cat([prior, own])
-        prepared = [torch.cat([each, each]) for each in self.decoder.prepare(skips)]
-        images = self._decode(maps, [torch.cat([each, each]) for each in skips], prepared, both).float()
-        drawn, start = images.chunk(2)
-        return self.decoder.shown(sample.images, drawn, start, prior), start
+        maps = shifted_maps(features, steps, sample.k), features
+        return draw_pair(self.classifier, self.decoder, sample.images, maps, skips, classes, sample.k, self._decode)
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         return self.classifier.pyramid(images) if self.decoder.shape.skips else [self.classifier.encode(images)[0]]
