@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--correction-blur", type=float, default=0.0)
+    parser.add_argument("--soften", type=float, help="in pixels, for decoders of changes; default: as their file says")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ablation", type=Path, metavar="FOLDER", help="where the decoders are, or are to be")
@@ -337,6 +338,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     classifier = mirror_classifier(options.on, options.classifier)
     settings = {"corrections": options.corrections, "correction_blur": options.correction_blur}
+    settings["soften"] = options.soften
     tables: list[Table] = []
     if options.ablation:
         table = Table(f"{options.on}: what the parts are worth", [])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finecf.models import Classifier
 from finecf.models.decoder import MirrorDecoder, activation_prior, contrast_prior
+from finecf.regions.baseline import gaussian_blur
 
 Steps = int | Sequence[float] | Tensor
 
@@ -33,7 +34,8 @@ class Canvas:
     """Source images [B,Ch,H,W] with all that drawing them with other maps needs.
 
     `features` [B,D,h,w] are the maps of the images themselves, `skips` their shallower ones, and `prepared` what the
-    decoder's editors made of these; `source` and `target` int64 [B].
+    decoder's editors made of these; `source` and `target` int64 [B]. `soften` is the standard deviation, in pixels, of
+    a blur of what a decoder of changes adds to an image.
     """
 
     classifier: Classifier
@@ -44,6 +46,7 @@ class Canvas:
     target: Tensor
     skips: list[Tensor]
     prepared: list[Tensor]
+    soften: float = 0.0
 
     @staticmethod
     def of(
@@ -54,9 +57,11 @@ class Canvas:
         source: Tensor,
         target: Tensor,
         skips: Sequence[Tensor],
+        soften: float = 0.0,
     ) -> Canvas:
         """Prepare the images."""
-        return Canvas(classifier, decoder, images, features, source, target, list(skips), decoder.prepare(skips))
+        prepared = decoder.prepare(skips)
+        return Canvas(classifier, decoder, images, features, source, target, list(skips), prepared, soften)
 
     def prior(self, rows: Tensor, maps: Tensor, k: Tensor) -> Tensor | None:
         """The spatial prior [n,h,w] of some rows with maps [n,D,h,w] that were moved by k [n], if there is one."""
@@ -73,6 +78,8 @@ class Canvas:
         if not self.decoder.changes:
             return drawn
         first = self.decoder(start, skips, prepared, prior) if self.decoder.skips else self._first[rows]
+        if self.soften:
+            drawn = first + gaussian_blur(drawn - first, self.soften)
         return self.decoder.shown(self.images[rows], drawn, first, prior)
 
     @cached_property

@@ -139,6 +139,9 @@ class MirrorCFE:
         correction_blur: standard deviation in pixels: what is measured is the mean of the image and of the image so
             blurred, so that what is found withstands a blur (O), at another forward of the classifier; 0: of the image
             alone.
+        soften: standard deviation in pixels of a blur of what a decoder of changes (`output="change"`) adds to an
+            image: such decoders may draw checkered patches where the classifier wants texture (O). Training is not
+            touched. None: as the decoder's file says, else 0.
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
         resolution: in how fine steps of k the first counterfactual image is looked for.
         micro_batch: images decoded at a time; None: 32, or 256 on CUDA.
@@ -148,7 +151,8 @@ class MirrorCFE:
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: a setting is unknown, or the decoder was made for another classifier.
+        ValueError: a setting is unknown, the decoder was made for another classifier, or it draws whole images, which
+            cannot be softened.
     """
 
     def __init__(
@@ -160,6 +164,7 @@ class MirrorCFE:
         shift: str | None = None,
         corrections: int = CORRECTIONS,
         correction_blur: float = 0.0,
+        soften: float | None = None,
         untrained_pairs: str = "warn",
         resolution: float = 0.02,
         micro_batch: int | None = None,
@@ -175,10 +180,13 @@ class MirrorCFE:
             raise ValueError(f"corrections is a whole number of at least 0; got {corrections}")
         if not 0 <= correction_blur < math.inf:
             raise ValueError(f"correction_blur is a standard deviation in pixels, at least 0; got {correction_blur}")
+        if soften is not None and not 0 <= soften < math.inf:
+            raise ValueError(f"soften is a standard deviation in pixels, at least 0; got {soften}")
         if not 0 < resolution <= 0.5:
             raise ValueError(f"resolution is a step of k and must lie in (0, 0.5]; got {resolution}")
         self.resolution = resolution
         self.corrections, self.correction_blur = corrections, float(correction_blur)
+        self.soften = float(soften or 0.0)
         self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(classifier.device.type, 32)
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
@@ -196,8 +204,12 @@ class MirrorCFE:
                 self.shift = trained.get("shift", "uniform")
             if reflection is None:
                 self.reflection = trained.get("reflection", "closed_form")
+            if soften is None:
+                self.soften = float(self.meta.get("soften", 0.0))
         if self.shift == "per_cell" and self.reflection == "lbfgs":
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
+        if self.decoder is not None:
+            self._check_soften(self.decoder)
 
     # Latents
 
@@ -459,6 +471,7 @@ class MirrorCFE:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would seed CUDA as well
             net = MirrorDecoder(shape, **dict(decoder or {}))
+            self._check_soften(net)
             trainer = fitting.Trainer(self.classifier, head, net, pool, named, recipe, compile)
         if steps is None:
             trainer.set_epochs(epochs)
@@ -538,7 +551,8 @@ class MirrorCFE:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
         if self.decoder is None:
             raise ValueError("there is no decoder to save: fit one first")
-        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, **self.meta, **more}
+        own = {"classifier": self.classifier.fingerprint(), "shift": self.shift}
+        meta = {**own, **self.meta, "soften": self.soften, **more}
         save_decoder(path, self.decoder, meta)
 
     def _load(self, path: str | os.PathLike[str]) -> None:
@@ -739,6 +753,7 @@ class MirrorCFE:
                     residual=float(path.residual[b]),
                     corrections=self.corrections,
                     correction_blur=self.correction_blur,
+                    soften=self.soften,
                 )
             )
         return results
@@ -760,7 +775,7 @@ class MirrorCFE:
         moves = map_steps(head, reflected, features, own, wanted, self.shift, self.reflection)
         if self.shift == "per_cell":  # a map for each image: half the memory will do
             moves = moves.to(features.dtype)
-        canvas = Canvas.of(self.classifier, decoder, x, features, own, wanted, skips)
+        canvas = Canvas.of(self.classifier, decoder, x, features, own, wanted, skips, self.soften)
         counts = _Counts(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         settings = self.corrections, self.correction_blur, self.budget
         return _Drawing(canvas, head, logits, reflected, moves, *settings, counts)
@@ -785,6 +800,13 @@ class MirrorCFE:
             if len(open_rows) == 0:
                 break
         return found, images, logits
+
+    def _check_soften(self, decoder: MirrorDecoder) -> None:
+        if self.soften and not decoder.changes:
+            raise ValueError(
+                f"soften={self.soften:g} blurs what is added to an image, and this decoder draws whole images: leave "
+                'it at 0, or fit a decoder of changes, fit(..., decoder={"output": "change"})'
+            )
 
     def _ready(self) -> MirrorDecoder:
         if self.decoder is None:

@@ -495,7 +495,7 @@ class MirrorExplanation(Explanation):
             nearer by construction, and `latent_error` shows the rest.
         latent_error: float64 [K]: mean absolute difference between the latents and those of the drawn images.
         residual: largest difference, at k = 1, between the latent's logits and the swapped ones.
-        corrections, correction_blur: those of the `MirrorCFE`.
+        corrections, correction_blur, soften: those of the `MirrorCFE`.
     """
 
     kind: ClassVar[str] = "mirror"
@@ -517,6 +517,7 @@ class MirrorExplanation(Explanation):
     residual: float
     corrections: int = 0
     correction_blur: float = 0.0
+    soften: float = 0.0
 
     def _outcome(self) -> str:
         return (

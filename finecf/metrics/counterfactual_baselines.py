@@ -23,7 +23,6 @@ from finecf.models import Classifier
 
 if TYPE_CHECKING:
     from finecf.explainers import MirrorCFE
-    from finecf.models.decoder import MirrorDecoder
 
 NORMS = ("linf", "l2")
 _RADIUS = {"linf": 0.3, "l2": 3.0}
@@ -319,7 +318,7 @@ def latent_interpolation(
     parts = []
     with classifier.eval_mode():
         for x, goals in zip(images.split(mirror.micro_batch), wanted.split(mirror.micro_batch), strict=True):
-            line = _Line.between(classifier, decoder, x, goals, known, references, space)
+            line = _Line.between(mirror, x, goals, known, references, space)
             parts.append((*line.first(resolution), *line.strip(places), line.reference, line.distance))
     drawn, first, strip, logits, reference, distance = (torch.cat(each) for each in zip(*parts, strict=True))
     return Interpolation(drawn, ~first.isnan(), first, places, strip, logits, reference, distance)
@@ -389,14 +388,15 @@ class _Line:
 
     @staticmethod
     def between(
-        classifier: Classifier,
-        decoder: MirrorDecoder,
+        mirror: MirrorCFE,
         x: Tensor,
         target: Tensor,
         known: _Known,
         references: Tensor,
         space: str,
     ) -> _Line:
+        classifier, decoder = mirror.classifier, mirror.decoder
+        assert decoder is not None  # the caller has looked
         features, logits = classifier.features_and_logits(x)
         if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
             raise ValueError(
@@ -413,7 +413,7 @@ class _Line:
             delta = (known.latents[reference] - latents)[:, :, None, None]
         else:
             delta = (classifier.features(references[reference]) - features).double()
-        canvas = Canvas.of(classifier, decoder, x, features, source, target, skips)
+        canvas = Canvas.of(classifier, decoder, x, features, source, target, skips, mirror.soften)
         return _Line(canvas, delta, reference, distance)
 
     def at(self, rows: Tensor, k: float) -> tuple[Tensor, Tensor]:

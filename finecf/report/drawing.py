@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -30,6 +31,7 @@ WIDTH: Final = 12  # inches
 DPI: Final = 100
 SMALLEST_TYPE: Final = 6.5
 GAP: Final = 0.12  # inches that stay free between a text and the next panel
+_SHARE: Final = re.compile(r" \(\d+%\)$")
 
 
 class Truth(NamedTuple):
@@ -111,7 +113,10 @@ def _right_end(axes: Axes) -> float:
 
 
 def fit_text(text: Text, end: float) -> None:
-    """Make a text end at `end` (of the figure's width, 0 to 1): smaller type, and if need be fewer letters."""
+    """Make a text end at `end` (of the figure's width, 0 to 1): smaller type, and if need be fewer letters.
+
+    A share in brackets at its end stays: it is what a reader looks for.
+    """
     if text.axes is not None:
         text.axes.apply_aspect()  # else the text is measured from where the panel stood before it took its shape
     box, limit = text.get_window_extent(), end * WIDTH * DPI
@@ -120,9 +125,12 @@ def fit_text(text: Text, end: float) -> None:
     # Hinted letters do not shrink exactly with their size.
     text.set_fontsize(max(SMALLEST_TYPE, 0.98 * float(text.get_fontsize()) * (limit - box.x0) / box.width))
     words = text.get_text()
+    share = _SHARE.search(words)
+    kept = share.group() if share else ""
+    words = words.removesuffix(kept)
     while words and text.get_window_extent().x1 > limit:
         words = words[:-1]
-        text.set_text(words.rstrip() + "…")
+        text.set_text(words.rstrip() + "…" + kept)
 
 
 def plot_area(place: SubplotSpec) -> SubplotSpec:

@@ -266,6 +266,8 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
     if explanation.corrections:
         times = "once" if explanation.corrections == 1 else f"up to {explanation.corrections} times"
         facts.append(f"What an image was short of was corrected {times}, along the model's gradient.")
+    if explanation.soften:
+        facts.append(f"What is drawn into the image is softened by a blur of {explanation.soften:g} pixels.")
     if shown < len(explanation.k):
         facts.append(f"{shown} of the {len(explanation.k)} images that were drawn are shown.")
     return textwrap.wrap(" ".join(facts), LINE_LENGTH)

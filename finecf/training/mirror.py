@@ -35,12 +35,13 @@ class MirrorRecipe:
     Attributes:
         pairs: classes that are trained together.
         settings: arguments of `MirrorCFE.fit`.
-        shift: that of `MirrorCFE`.
+        shift, soften: those of `MirrorCFE`.
     """
 
     pairs: tuple[Pair, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     shift: str = "uniform"
+    soften: float = 0.0
 
 
 DIGIT_PAIRS: Final = ((3, 8), (4, 9), (5, 6))
@@ -112,7 +113,7 @@ def mirror_recipe(on: str) -> MirrorRecipe:
     # What two pictures differ in is mostly their background, and the triangulation loss would have the bird follow it.
     weights = {"classification": 2.0, "reconstruction": 3.0, "feature": 0.05, "triangulation": 0.05, "adversarial": 0.5}
     pairs = bird_pairs(SyntheticBirds("test", n=1))
-    return MirrorRecipe(pairs, {**settings, "decoder": decoder, "weights": weights}, shift="per_cell")
+    return MirrorRecipe(pairs, {**settings, "decoder": decoder, "weights": weights}, shift="per_cell", soften=1.5)
 
 
 def train_mirror(
@@ -166,7 +167,7 @@ def train_mirror(
         if steps is not None:
             settings["steps"] = steps
         pictures, labels = mirror_data(on, "train", wrapped, data, images)
-        mirror = MirrorCFE(wrapped, shift=recipe.shift, progress=progress)
+        mirror = MirrorCFE(wrapped, shift=recipe.shift, soften=recipe.soften, progress=progress)
         preview = None
         if previews is not None:
             preview = _previews(Path(previews), *mirror_data(on, "test", wrapped, data, 40), recipe.pairs)

@@ -59,12 +59,16 @@ CHANGE: dict[str, Any] = {
 """A decoder that draws changes of the image."""
 
 
+MADE = ("shift", "reflection", "progress", "corrections", "soften")
+"""What `fitted` gives the explainer."""
+
+
 def data(count: int = 60) -> Tensor:
     return pictures(count, seed=2)
 
 
 def fitted(classifier: finecf.Classifier | None = None, **options: Any) -> tuple[finecf.MirrorCFE, list[dict]]:
-    made = {name: options.pop(name) for name in ("shift", "reflection", "progress", "corrections") if name in options}
+    made = {name: options.pop(name) for name in MADE if name in options}
     mirror = finecf.MirrorCFE(classifier or wrapped(), **made)
     images = options.pop("data", None)
     return mirror, mirror.fit(data() if images is None else images, **{"pairs": PAIRS} | TINY | options)
@@ -1507,11 +1511,90 @@ def test_a_row_at_zero_stays_whatever_others_do() -> None:
         ({"corrections": 1.5}, r"corrections is a whole number of at least 0; got 1\.5"),
         ({"correction_blur": -0.5}, r"correction_blur is a standard deviation in pixels, at least 0; got -0\.5"),
         ({"correction_blur": math.nan}, r"correction_blur is a standard deviation in pixels, at least 0; got nan"),
+        ({"soften": -1}, r"soften is a standard deviation in pixels, at least 0; got -1"),
+        ({"soften": math.inf}, r"soften is a standard deviation in pixels, at least 0; got inf"),
     ],
 )
-def test_bad_corrections_are_refused(options: dict[str, Any], message: str) -> None:
+def test_bad_settings_of_drawing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         finecf.MirrorCFE(wrapped(), **options)
+
+
+# ---- softening
+
+
+def changing(**options: Any) -> tuple[finecf.Classifier, MirrorDecoder]:
+    """A decoder that draws large changes, which are not trained."""
+    clf = wrapped()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        decoder = MirrorDecoder(shape_of(clf, data(1)[0], options.pop("skips", False)), 4, 8, 4, **options)
+        nn.init.normal_(decoder.to_image.weight, std=40.0)  # an untrained decoder hardly sees what it is given
+    return clf, decoder.to(DEVICE).eval()
+
+
+def test_softened_is_the_change_and_not_the_image() -> None:
+    clf, decoder = changing(output="change")
+    x = 0.3 + 0.4 * data(4)  # so that no pixel reaches an end of the range
+    target = others(clf, x)
+    sharp, soft = (
+        finecf.MirrorCFE(clf, decoder, corrections=0, soften=sigma).explain(x, target, 3) for sigma in (0.0, 1.2)
+    )
+    for one, two, image in zip(sharp, soft, x.cpu(), strict=True):
+        assert float((one.images[2] - image).abs().max()) > 2e-3
+        assert (one.soften, two.soften) == (0.0, 1.2)
+        torch.testing.assert_close(two.images, image + gaussian_blur(one.images - image, 1.2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(two.images[0], image, rtol=0, atol=0)
+        assert float((two.images[2] - one.images[2]).abs().max()) > 1e-4
+
+
+def test_a_softened_change_stays_within_the_prior() -> None:
+    clf, decoder = changing(output="change", prior="contrast", skips=True)
+    nn.init.normal_(decoder.editors[0].draw.weight, std=0.3)
+    x = 0.3 + 0.4 * data(6)
+    source, target = clf.logits(x).argmax(1), others(clf, x)
+    k = torch.full((6,), 0.6, dtype=torch.float64, device=DEVICE)
+    rows = torch.arange(6, device=DEVICE)
+    changed = []
+    for sigma in (0.0, 1.2):
+        with torch.no_grad():
+            drawing = finecf.MirrorCFE(clf, decoder, corrections=0, soften=sigma)._drawing(decoder, x, source, target)
+            images, _, _ = drawing.at(rows, k)
+            prior = drawing.canvas.prior(rows, drawing.canvas.features, k)
+        assert prior is not None
+        outside = nn.functional.interpolate(prior[:, None], SIDE, mode="bilinear") == 0
+        assert 0 < float(outside.float().mean()) < 1
+        changed.append(images)
+        assert torch.equal(images[outside.expand_as(x)], x[outside.expand_as(x)])
+    assert float((changed[1] - changed[0]).abs().max()) > 1e-4
+
+
+def test_softening_leaves_training_alone_and_goes_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "d.safetensors"
+    sharp, losses = fitted(**CHANGE)
+    soft, again = fitted(soften=1.5, checkpoint=file, **CHANGE)
+    assert same_bits(sharp, soft)
+    assert losses == again
+    clf = soft.classifier
+    assert finecf.MirrorCFE(clf, file).soften == 1.5
+    assert finecf.MirrorCFE(clf, file, soften=0).soften == 0.0
+    other = finecf.MirrorCFE(clf, file, soften=0.5)
+    other.save(tmp_path / "other.safetensors")
+    assert finecf.MirrorCFE(clf, tmp_path / "other.safetensors").soften == 0.5
+    assert finecf.MirrorCFE(clf, soft.decoder).soften == 0.0  # a decoder that is no file says nothing
+
+
+def test_a_decoder_of_whole_images_is_not_softened(tmp_path: Path) -> None:
+    file = tmp_path / "d.safetensors"
+    whole, _ = fitted(checkpoint=file)
+    for decoder in (whole.decoder, file):
+        with pytest.raises(ValueError, match=r"soften=1\.5 blurs what is added .* draws whole images: leave it at 0"):
+            finecf.MirrorCFE(whole.classifier, decoder, soften=1.5)
+        assert finecf.MirrorCFE(whole.classifier, decoder, soften=0.0).soften == 0.0
+    untrained = finecf.MirrorCFE(whole.classifier, soften=1.5)
+    with pytest.raises(ValueError, match=r"draws whole images"):
+        untrained.fit(data(), PAIRS, **TINY)
+    assert untrained.decoder is None
 
 
 # ---- bad input to explain

@@ -11,6 +11,7 @@ import finecf
 from finecf.data import digits
 from finecf.metrics import counterfactual_scores, latent_interpolation, nearest_unlike_neighbour, pgd
 from finecf.models.decoder import MirrorDecoder, Shape, activation_prior, shape_of
+from finecf.regions.baseline import gaussian_blur
 from finecf.training import load_digits_net
 
 # PGD
@@ -309,6 +310,22 @@ def test_a_decoder_of_changes_starts_from_the_image():
         found = latent_interpolation(finecf.MirrorCFE(classifier, decoder), x, target, references, 3)
         torch.testing.assert_close(found.strip[:, 0], x)
         assert float((found.strip[:, 2] - x).abs().max()) > 1e-3
+
+
+def test_changes_are_softened_as_those_of_mirror_cfe():
+    classifier = finecf.wrap(network(), layer="trunk")
+    torch.manual_seed(2)
+    decoder = MirrorDecoder(shape_of(classifier, images(1)[0]), width=8, output="change")
+    torch.nn.init.normal_(decoder.to_image.weight, std=40.0)
+    x, references = 0.4 + 0.2 * images(5), images(60, seed=2)  # no pixel reaches an end of the range
+    target = classifier.logits(x).argsort(1, descending=True)[:, 1]
+    sharp, soft = (
+        latent_interpolation(finecf.MirrorCFE(classifier, decoder, soften=sigma), x, target, references, 2).strip
+        for sigma in (0.0, 1.5)
+    )
+    assert 1e-3 < float((sharp[:, 1] - x).abs().max()) < 0.4
+    torch.testing.assert_close(soft[:, 1], x + gaussian_blur(sharp[:, 1] - x, 1.5), rtol=0, atol=1e-5)
+    assert float((soft - sharp).abs().max()) > 1e-4
 
 
 def test_skips_and_the_spatial_prior_are_those_of_the_decoder():

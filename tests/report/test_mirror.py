@@ -140,6 +140,26 @@ def test_the_figure_says_how_often_images_were_corrected(corrections: int, times
     assert ("corrected" in said) == (times is not None)
 
 
+@pytest.mark.parametrize("soften", [0.0, 1.5])
+def test_the_figure_says_how_far_changes_were_softened(soften: float) -> None:
+    said = " ".join(" ".join(words(found(soften=soften))).split())
+    assert ("What is drawn into the image is softened by a blur of 1.5 pixels." in said) == (soften > 0)
+    assert ("softened" in said) == (soften > 0)
+
+
+def test_a_long_name_is_cut_before_its_share() -> None:
+    long = "thick-billed brown red-cheeked redstart with two white wing bars and a crest"
+    said = words(found(target_name=long, predicted_name=long))
+    shares = [text for text in said if text.startswith("says thick-billed")]
+    assert sorted(text[-4:] for text in shares) == sorted(f"({share:.0%})"[-4:] for share in _shares(long))
+    assert all("…" in text for text in shares)
+
+
+def _shares(name: str) -> tuple[float, float]:
+    result = found(target_name=name, predicted_name=name)
+    return result.probabilities_before.predicted, result.probabilities_after.target
+
+
 def test_a_long_path_is_shown_in_part_and_in_order() -> None:
     steps = [1.0, 0.0, 0.5, *torch.linspace(0.01, 0.99, 38, dtype=torch.float64).tolist()]
     result = found(0.553, steps=steps)
