@@ -32,7 +32,7 @@ from torch import Tensor
 import finecf
 from finecf.data import SyntheticBirds
 from finecf.explainers import MirrorExplanation
-from finecf.explainers.mirror_cfe import CORRECTIONS
+from finecf.explainers.mirror_cfe import CORRECTIONS, REFLECTIONS
 from finecf.metrics import (
     CounterfactualScores,
     bootstrap_mean,
@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--correction-blur", type=float, default=0.0)
+    parser.add_argument("--reflection", choices=REFLECTIONS, help="default: as the decoder's file says")
     parser.add_argument("--soften", type=float, help="in pixels, for decoders of changes; default: as their file says")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -337,8 +338,8 @@ def main() -> None:
         parser.error("--validation: the digits have no images beside those that are trained on and graded")
     torch.set_num_threads(options.threads)
     classifier = mirror_classifier(options.on, options.classifier)
-    settings = {"corrections": options.corrections, "correction_blur": options.correction_blur}
-    settings["soften"] = options.soften
+    settings: dict[str, Any] = {"corrections": options.corrections, "correction_blur": options.correction_blur}
+    settings |= {"soften": options.soften, "reflection": options.reflection}
     tables: list[Table] = []
     if options.ablation:
         table = Table(f"{options.on}: what the parts are worth", [])

@@ -2,7 +2,8 @@
 
 `finecf train mirror --on birds` learns from images and the classifier alone. Here a decoder of the same build is taught
 what the generator draws for the other class, on training birds, and graded on held-out ones by the tables of
-`benchmarks/mirror.py`. No such pairs exist outside drawn data, and no decoder that ships has seen any.
+`benchmarks/mirror.py`. No such pairs exist outside drawn data, and no decoder that ships has seen any. What it draws is
+not softened: it was taught to draw it.
 
     python benchmarks/mirror_limit.py --steps 600 --images 120
 """

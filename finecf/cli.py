@@ -179,7 +179,9 @@ def explain(
     steps: Annotated[
         int, typer.Option(min=2, help="mirror: images from k = 0 to k = 1; the figure shows some, the animation all.")
     ] = MIRROR_STEPS,
-    reflection: Annotated[str, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}.")] = "closed_form",
+    reflection: Annotated[
+        str | None, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}; default: as the decoder was trained.")
+    ] = None,
     corrections: Annotated[
         int, typer.Option(min=0, help="mirror: how often at most to draw an image anew for what it is short of.")
     ] = CORRECTIONS,
@@ -204,7 +206,7 @@ def explain(
         ("baseline", baseline, BASELINES),
         ("reflection", reflection, REFLECTIONS),
     ):
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise ValueError(f"--{option} must be one of {', '.join(allowed)}; got {value!r}")
     place = _device(device)
     _make_folder(out)
@@ -837,7 +839,9 @@ def _check_method(method: str, context: typer.Context) -> None:
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to --method {other}; got --method {method}")
 
 
-def _mirror(classifier: Classifier, decoder: Path | None, size: int, reflection: str, corrections: int) -> MirrorCFE:
+def _mirror(
+    classifier: Classifier, decoder: Path | None, size: int, reflection: str | None, corrections: int
+) -> MirrorCFE:
     """The explainer with the decoder of that file, else with the shipped one for this model."""
     file = decoder or _shipped_for(classifier)
     explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)

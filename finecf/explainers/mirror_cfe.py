@@ -127,7 +127,7 @@ class MirrorCFE:
         decoder: a `MirrorDecoder`, or a file that `save` wrote; None: `latent_path` and `class_distances` work, and
             `fit` makes one.
         reflection: "closed_form" (needs a linear head), "lbfgs" (the paper's search; any head) or "two_class"
-            (eq. 1; other classes' logits move along). None: as the decoder's file says that it was trained;
+            (eq. 1; other classes' logits move along). None: as the decoder's file says, else as it was trained;
             "closed_form" for a decoder that is no file, and where there is none yet.
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
             the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
@@ -180,13 +180,11 @@ class MirrorCFE:
             raise ValueError(f"corrections is a whole number of at least 0; got {corrections}")
         if not 0 <= correction_blur < math.inf:
             raise ValueError(f"correction_blur is a standard deviation in pixels, at least 0; got {correction_blur}")
-        if soften is not None and not 0 <= soften < math.inf:
-            raise ValueError(f"soften is a standard deviation in pixels, at least 0; got {soften}")
         if not 0 < resolution <= 0.5:
             raise ValueError(f"resolution is a step of k and must lie in (0, 0.5]; got {resolution}")
         self.resolution = resolution
         self.corrections, self.correction_blur = corrections, float(correction_blur)
-        self.soften = float(soften or 0.0)
+        self._asked_soften = soften
         self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(classifier.device.type, 32)
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
@@ -203,13 +201,12 @@ class MirrorCFE:
             if shift is None:
                 self.shift = trained.get("shift", "uniform")
             if reflection is None:
-                self.reflection = trained.get("reflection", "closed_form")
-            if soften is None:
-                self.soften = float(self.meta.get("soften", 0.0))
+                self.reflection = self.meta.get("reflection", trained.get("reflection", "closed_form"))
         if self.shift == "per_cell" and self.reflection == "lbfgs":
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
-        if self.decoder is not None:
-            self._check_soften(self.decoder)
+        self.soften = self._softening(self.decoder, self.meta.get("soften", 0.0))
+        if self.meta:
+            self.meta["soften"] = self.soften
 
     # Latents
 
@@ -471,7 +468,7 @@ class MirrorCFE:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would seed CUDA as well
             net = MirrorDecoder(shape, **dict(decoder or {}))
-            self._check_soften(net)
+            soften = self._softening(net)
             trainer = fitting.Trainer(self.classifier, head, net, pool, named, recipe, compile)
         if steps is None:
             trainer.set_epochs(epochs)
@@ -479,13 +476,14 @@ class MirrorCFE:
         state = None if out is None else out.with_name(out.name + ".resume")
         if state is not None and resume and state.is_file():
             trainer.load(state)
-        self.decoder = net
+        self.decoder, self.soften = net, soften
         self.meta = {
             "classifier": self.classifier.fingerprint(),
             "pairs": named,
             "classes": [self.classifier.class_name(index) for index in sorted(wanted)],
             "recipe": {**trainer.recipe.__dict__},
             "torch": torch.__version__,
+            "soften": soften,
         }
         try:
             self._train(trainer, state, save_every, preview, preview_every)
@@ -551,8 +549,8 @@ class MirrorCFE:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
         if self.decoder is None:
             raise ValueError("there is no decoder to save: fit one first")
-        own = {"classifier": self.classifier.fingerprint(), "shift": self.shift}
-        meta = {**own, **self.meta, "soften": self.soften, **more}
+        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, "soften": self.soften}
+        meta |= {**self.meta, **more}
         save_decoder(path, self.decoder, meta)
 
     def _load(self, path: str | os.PathLike[str]) -> None:
@@ -801,12 +799,17 @@ class MirrorCFE:
                 break
         return found, images, logits
 
-    def _check_soften(self, decoder: MirrorDecoder) -> None:
-        if self.soften and not decoder.changes:
+    def _softening(self, decoder: MirrorDecoder | None, own: object = 0.0) -> float:
+        """The softening that was asked for, else the decoder's own."""
+        soften = own if self._asked_soften is None else self._asked_soften
+        if not isinstance(soften, int | float) or not 0 <= soften < math.inf:
+            raise ValueError(f"soften is a standard deviation in pixels, at least 0; got {soften}")
+        if soften and decoder is not None and not decoder.changes:
             raise ValueError(
-                f"soften={self.soften:g} blurs what is added to an image, and this decoder draws whole images: leave "
-                'it at 0, or fit a decoder of changes, fit(..., decoder={"output": "change"})'
+                f"soften={soften:g} blurs what is added to an image, and this decoder draws whole images: leave it "
+                'at 0, or fit a decoder of changes, fit(..., decoder={"output": "change"})'
             )
+        return float(soften)
 
     def _ready(self) -> MirrorDecoder:
         if self.decoder is None:

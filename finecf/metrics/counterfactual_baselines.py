@@ -279,8 +279,8 @@ def latent_interpolation(
     The nearest is that of least Euclidean distance between pooled features (ties: the first). With z the image's and
     z_r its, the map drawn is `f + k (z_r - z)` in every cell ("latent": Mirror-CFE's uniform shift to another end), or
     `f + k (f_r - f)` ("map", which also takes over where things are). Decoder, skips, spatial prior (source: the
-    predicted class) and classifier are Mirror-CFE's. The first flip is looked for in (0, 1], since no boundary is known
-    to lie at 1/2.
+    predicted class), softening and classifier are Mirror-CFE's. The first flip is looked for in (0, 1], since no
+    boundary is known to lie at 1/2.
 
     Args:
         mirror: a `MirrorCFE` with a decoder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -31,7 +30,6 @@ WIDTH: Final = 12  # inches
 DPI: Final = 100
 SMALLEST_TYPE: Final = 6.5
 GAP: Final = 0.12  # inches that stay free between a text and the next panel
-_SHARE: Final = re.compile(r" \(\d+%\)$")
 
 
 class Truth(NamedTuple):
@@ -90,10 +88,10 @@ def write_title(axes: Axes, title: str, caption: str) -> None:
         write_caption(axes, caption, QUIET)
 
 
-def write_caption(axes: Axes, text: str, colour: str, line: int = 0, fit: bool = True) -> None:
-    """A line of text under a panel; with `fit` it ends before the next panel."""
+def write_caption(axes: Axes, text: str, colour: str, line: int = 0, fit: bool = True, end: str = "") -> None:
+    """A line of text under a panel, with its `end`; with `fit` it ends before the next panel, and keeps that."""
     written = axes.annotate(
-        text,
+        text + end,
         (0, 0),
         (0, -4 - 12 * line),
         xycoords="axes fraction",
@@ -103,7 +101,7 @@ def write_caption(axes: Axes, text: str, colour: str, line: int = 0, fit: bool =
         va="top",
     )
     if fit:
-        fit_text(written, _right_end(axes))
+        fit_text(written, _right_end(axes), end)
 
 
 def _right_end(axes: Axes) -> float:
@@ -112,25 +110,27 @@ def _right_end(axes: Axes) -> float:
     return float(axes.get_position(original=True).x1) + GAP / WIDTH
 
 
-def fit_text(text: Text, end: float) -> None:
-    """Make a text end at `end` (of the figure's width, 0 to 1): smaller type, and if need be fewer letters.
-
-    A share in brackets at its end stays: it is what a reader looks for.
+def fit_text(text: Text, right: float, end: str = "") -> None:
+    """Make a text stop at `right` (of the figure's width, 0 to 1): smaller type, and if need be fewer letters, of those
+    before its `end`.
     """
     if text.axes is not None:
         text.axes.apply_aspect()  # else the text is measured from where the panel stood before it took its shape
-    box, limit = text.get_window_extent(), end * WIDTH * DPI
+    limit = right * WIDTH * DPI
+    box, size = text.get_window_extent(), float(text.get_fontsize())
     if box.x1 <= limit:
         return
-    # Hinted letters do not shrink exactly with their size.
-    text.set_fontsize(max(SMALLEST_TYPE, 0.98 * float(text.get_fontsize()) * (limit - box.x0) / box.width))
-    words = text.get_text()
-    share = _SHARE.search(words)
-    kept = share.group() if share else ""
-    words = words.removesuffix(kept)
+    size *= (limit - box.x0) / box.width
+    while size > SMALLEST_TYPE:
+        text.set_fontsize(size)
+        if text.get_window_extent().x1 <= limit:
+            return
+        size *= 0.98  # hinted letters do not shrink exactly with their size
+    text.set_fontsize(SMALLEST_TYPE)
+    words = text.get_text().removesuffix(end)
     while words and text.get_window_extent().x1 > limit:
         words = words[:-1]
-        text.set_text(words.rstrip() + "…" + kept)
+        text.set_text(words.rstrip() + "…" + end)
 
 
 def plot_area(place: SubplotSpec) -> SubplotSpec:

@@ -111,8 +111,8 @@ def _where(axes: Axes, explanation: FGVCEExplanation, picture: NDArray[np.float3
         _box(axes, explanation.cell_box(edit.cell), number, picture.shape)
     write_title(axes, "The image and the cells replaced", "")
     before = explanation.probabilities_before
-    write_caption(axes, f"says {plain(explanation.predicted_name)} ({before.predicted:.0%})", WRONG)
-    write_caption(axes, f"wanted: {plain(explanation.target_name)} ({before.target:.0%})", RIGHT, line=1)
+    write_caption(axes, f"says {plain(explanation.predicted_name)}", WRONG, end=f" ({before.predicted:.0%})")
+    write_caption(axes, f"wanted: {plain(explanation.target_name)}", RIGHT, line=1, end=f" ({before.target:.0%})")
 
 
 def _heat(
@@ -230,7 +230,7 @@ def _swap(
     left.set_title(f"{number + 1}. replaced", fontsize=9.5, fontweight="bold", loc="left", pad=4)
     right.set_title("by a real cell of", fontsize=9.5, fontweight="bold", loc="left", pad=4)
     write_caption(right, plain(edit.reference_class), RIGHT)
-    write_caption(left, f"wanted class {before:.0%} → {edit.target_probability:.0%}", "black")
+    write_caption(left, "wanted class", "black", end=f" {before:.0%} → {edit.target_probability:.0%}")
     write_caption(left, f"cosine of the two cells {edit.similarity:.2f}", QUIET, line=1)
     return left
 

@@ -54,6 +54,7 @@ SMALL_PRINT: Final = (
     "between the two classes (0.5) to their mirror image (1), where the two scores are swapped. Each image is drawn "
     "from the features of its k and put through the model again."
 )
+WAYS: Final = {"closed_form": "the closed form", "lbfgs": "L-BFGS", "two_class": "the reflection of two classes"}
 LINE_LENGTH: Final = 190
 
 
@@ -188,8 +189,8 @@ def _image(axes: Axes, explanation: MirrorExplanation, picture: NDArray[np.float
     outline_truth(axes, truth, "they differ")
     write_title(axes, "The image", "")
     before = explanation.probabilities_before
-    write_caption(axes, f"says {plain(explanation.predicted_name)} ({before.predicted:.0%})", WRONG)
-    write_caption(axes, f"wanted: {plain(explanation.target_name)} ({before.target:.0%})", RIGHT, line=1)
+    write_caption(axes, f"says {plain(explanation.predicted_name)}", WRONG, end=f" ({before.predicted:.0%})")
+    write_caption(axes, f"wanted: {plain(explanation.target_name)}", RIGHT, line=1, end=f" ({before.target:.0%})")
 
 
 def _counterfactual(axes: Axes, explanation: MirrorExplanation, shown: Shown) -> None:
@@ -201,7 +202,7 @@ def _counterfactual(axes: Axes, explanation: MirrorExplanation, shown: Shown) ->
         write_caption(axes, f"only {after:.0%} sure of it", QUIET, line=1)
         return
     write_title(axes, f"First taken: k = {explanation.first_k:.2f}", "")
-    write_caption(axes, f"says {target} ({after:.0%})", RIGHT)
+    write_caption(axes, f"says {target}", RIGHT, end=f" ({after:.0%})")
     write_caption(axes, "at k = 1 too" if explanation.mirror_valid else "not at k = 1", QUIET, line=1)
 
 
@@ -260,7 +261,7 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
         SMALL_PRINT,
         "Where solid and dashed lines lie together the images say what the features do: here they are "
         f"{explanation.confidence_gap:.1%} apart on average for {plain(explanation.target_name)}.",
-        f"The features are mirrored by {explanation.reflection.replace('_', ' ')}; at k = 1 the scores are within "
+        f"The features are mirrored by {WAYS[explanation.reflection]}; at k = 1 the scores are within "
         f"{explanation.residual:.1g} of the swapped ones.",
     ]
     if explanation.corrections:

@@ -114,11 +114,11 @@ def _image(axes: Axes, explanation: SMDLExplanation, picture: NDArray[np.float32
     before = explanation.probabilities_before
     said, asked = plain(explanation.predicted_name), plain(explanation.target_name)
     if explanation.predicted == explanation.target:
-        write_caption(axes, f"says {said} ({before.predicted:.0%})", RIGHT)
+        write_caption(axes, f"says {said}", RIGHT, end=f" ({before.predicted:.0%})")
         write_caption(axes, "explained: what makes it say so", QUIET, line=1)
     else:
-        write_caption(axes, f"says {said} ({before.predicted:.0%})", WRONG)
-        write_caption(axes, f"explained: what speaks for {asked} ({before.target:.0%})", RIGHT, line=1)
+        write_caption(axes, f"says {said}", WRONG, end=f" ({before.predicted:.0%})")
+        write_caption(axes, f"explained: what speaks for {asked}", RIGHT, line=1, end=f" ({before.target:.0%})")
 
 
 def _order(axes: Axes, explanation: SMDLExplanation, picture: NDArray[np.float32], labels: NDArray[np.int32]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,19 @@ def test_a_decoder_is_trained_by_recipe(folder: Path, net_file: Path, tmp_path: 
     assert set(labels.tolist()) == {0, 2, 4, 6, 7, 9}
     (found,) = mirror.explain(pictures[:1], "Pullover", source="T-shirt")
     assert found.images.shape == (11, 1, 28, 28)
+
+
+def test_how_a_set_is_drawn_is_in_the_file(
+    folder: Path, net_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(mirror_recipe("fashion"), reflection="two_class", shift="per_cell", soften=0.7)
+    monkeypatch.setattr("finecf.training.mirror.mirror_recipe", lambda _: recipe)
+    out = tmp_path / "mirror.safetensors"
+    meta = train_mirror("fashion", out, folder, net_file, steps=1, images=90)
+    read = finecf.MirrorCFE(mirror_classifier("fashion", net_file), out)
+    assert (read.reflection, read.shift, read.soften) == ("two_class", "per_cell", 0.7)
+    assert meta["soften"] == 0.7
+    assert (meta["reflection"], meta["recipe"]["reflection"]) == ("two_class", "closed_form")
 
 
 def test_previews_are_strips_of_every_so_many_steps(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from finecf.metrics import redraw_distances
 from finecf.models.checkpoints import load_tensors
 from finecf.models.decoder import MirrorDecoder, Shape, activation_prior, shape_of
 from finecf.regions.baseline import gaussian_blur
-from finecf.training import load_birds_net, load_digits_net, shipped_decoder
+from finecf.training import load_birds_net, load_digits_net, mirror_recipe, shipped_decoder
 
 TINY: dict[str, Any] = {
     "steps": 6,
@@ -1179,11 +1179,18 @@ def test_the_preview_sees_a_decoder_that_explains() -> None:
     assert same_bits(with_it, fitted(pairs=None)[0])
 
 
+def drawing_of(on: str) -> tuple[str, str, float]:
+    """What the recipe says of how a set is drawn."""
+    recipe = mirror_recipe(on)
+    return recipe.reflection, recipe.shift, recipe.soften
+
+
 def test_the_decoder_that_ships_leads_between_its_digits() -> None:
     """On digits that neither it nor the net has seen."""
     net, meta = load_digits_net()
     classifier = finecf.wrap(net.to(DEVICE), class_names=meta["classes"])
     own = finecf.MirrorCFE(classifier, shipped_decoder("digits"), untrained_pairs="refuse")
+    assert (own.reflection, own.shift, own.soften) == drawing_of("digits") == ("two_class", "uniform", 0.0)
     held_out = finecf.data.digits("test")
     x = held_out.batch().to(DEVICE)
     predicted = classifier.logits(x).argmax(1)
@@ -1202,7 +1209,7 @@ def test_the_decoder_that_ships_changes_the_birds_where_they_differ() -> None:
     net, meta = load_birds_net()
     classifier = finecf.wrap(net.to(DEVICE), class_names=meta["classes"])
     own = finecf.MirrorCFE(classifier, shipped_decoder("birds"), untrained_pairs="refuse")
-    assert own.shift == "per_cell"
+    assert (own.reflection, own.shift, own.soften) == drawing_of("birds") == ("closed_form", "per_cell", 1.5)
     birds = finecf.data.SyntheticBirds("test", n=40)
     partner = dict(reversed(own.meta["pairs"]))
     items = [item for item in birds if item.drawn_label in partner]
@@ -1492,10 +1499,21 @@ def test_a_corrected_blur_is_corrected_for_half() -> None:
         assert each.evaluations == 3 + 6 * drawn  # once, for its slope, and corrected; each time sharp and blurred
 
 
-def test_a_row_at_zero_stays_whatever_others_do() -> None:
+def test_corrections_see_the_softened_image() -> None:
+    sharp, once, again = (
+        corrected(corrections, soften=soften, shift="per_cell")[2]
+        for corrections, soften in ((0, 0.0), (0, 1.5), (8, 1.5))
+    )
+    assert float((left_over(once) - left_over(sharp)).abs().max()) > 1e-3  # the borders make the mean another
+    assert float(left_over(once).max()) > 0.3
+    assert float(left_over(again).abs().max()) < 0.0201
+
+
+@pytest.mark.parametrize("soften", [0.0, 1.2])
+def test_a_row_at_zero_stays_whatever_others_do(soften: float) -> None:
     trained, _ = fitted(**CHANGE)
     clf, x = trained.classifier, data(3)
-    mirror = finecf.MirrorCFE(clf, trained.decoder, corrections=3, correction_blur=1.0)
+    mirror = finecf.MirrorCFE(clf, trained.decoder, corrections=3, correction_blur=1.0, soften=soften)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pairs that were not trained
         drawing = mirror._drawing(trained.decoder, clf.prepare(x), clf.logits(x).argmax(1), others(clf, x))
@@ -1579,9 +1597,24 @@ def test_softening_leaves_training_alone_and_goes_with_the_file(tmp_path: Path) 
     assert finecf.MirrorCFE(clf, file).soften == 1.5
     assert finecf.MirrorCFE(clf, file, soften=0).soften == 0.0
     other = finecf.MirrorCFE(clf, file, soften=0.5)
+    assert other.meta["soften"] == 0.5
     other.save(tmp_path / "other.safetensors")
     assert finecf.MirrorCFE(clf, tmp_path / "other.safetensors").soften == 0.5
     assert finecf.MirrorCFE(clf, soft.decoder).soften == 0.0  # a decoder that is no file says nothing
+
+
+def softened(file: Path) -> tuple[finecf.Classifier, Path]:
+    """A classifier, and a file of a decoder whose changes are softened."""
+    return fitted(soften=1.5, checkpoint=file, **CHANGE)[0].classifier, file
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, "2", None])
+def test_a_file_with_a_wrong_softening_is_refused(tmp_path: Path, value: object) -> None:
+    clf, file = softened(tmp_path / "d.safetensors")
+    finecf.MirrorCFE(clf, file).save(tmp_path / "wrong.safetensors", soften=value)
+    with pytest.raises(ValueError, match="soften is a standard deviation in pixels, at least 0; got"):
+        finecf.MirrorCFE(clf, tmp_path / "wrong.safetensors")
+    assert finecf.MirrorCFE(clf, tmp_path / "wrong.safetensors", soften=1).soften == 1.0
 
 
 def test_a_decoder_of_whole_images_is_not_softened(tmp_path: Path) -> None:
@@ -1591,6 +1624,11 @@ def test_a_decoder_of_whole_images_is_not_softened(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"soften=1\.5 blurs what is added .* draws whole images: leave it at 0"):
             finecf.MirrorCFE(whole.classifier, decoder, soften=1.5)
         assert finecf.MirrorCFE(whole.classifier, decoder, soften=0.0).soften == 0.0
+    # A softening that a file brought along says nothing of the next decoder.
+    bringing = finecf.MirrorCFE(*softened(tmp_path / "soft.safetensors"))
+    assert bringing.soften == 1.5
+    bringing.fit(data(), PAIRS, **TINY)
+    assert bringing.soften == bringing.meta["soften"] == 0.0
     untrained = finecf.MirrorCFE(whole.classifier, soften=1.5)
     with pytest.raises(ValueError, match=r"draws whole images"):
         untrained.fit(data(), PAIRS, **TINY)

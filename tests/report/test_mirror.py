@@ -14,10 +14,13 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 import finecf
+from finecf.explainers._reflection import REFLECTIONS
 from finecf.explainers.result import Maps
 from finecf.models.decoder import MirrorDecoder, shape_of
 from finecf.report import Report, Row, Run, Truth, plot
 from finecf.report import html as pages
+from finecf.report.drawing import DPI, SMALLEST_TYPE, WIDTH, blank_figure, fit_text
+from finecf.report.mirror_figure import WAYS
 from finecf.report.mirror_path import SIDES, places, shown_as
 from finecf.report.run import ASKED
 
@@ -140,6 +143,12 @@ def test_the_figure_says_how_often_images_were_corrected(corrections: int, times
     assert ("corrected" in said) == (times is not None)
 
 
+@pytest.mark.parametrize("reflection", REFLECTIONS)
+def test_the_figure_names_the_reflection(reflection: str) -> None:
+    said = " ".join(" ".join(words(found(reflection=reflection))).split())
+    assert f"The features are mirrored by {WAYS[reflection]};" in said
+
+
 @pytest.mark.parametrize("soften", [0.0, 1.5])
 def test_the_figure_says_how_far_changes_were_softened(soften: float) -> None:
     said = " ".join(" ".join(words(found(soften=soften))).split())
@@ -149,15 +158,26 @@ def test_the_figure_says_how_far_changes_were_softened(soften: float) -> None:
 
 def test_a_long_name_is_cut_before_its_share() -> None:
     long = "thick-billed brown red-cheeked redstart with two white wing bars and a crest"
-    said = words(found(target_name=long, predicted_name=long))
-    shares = [text for text in said if text.startswith("says thick-billed")]
-    assert sorted(text[-4:] for text in shares) == sorted(f"({share:.0%})"[-4:] for share in _shares(long))
-    assert all("…" in text for text in shares)
+    result = found(target_name=long, predicted_name=long)
+    said = words(result)
+    before, after = result.probabilities_before, result.probabilities_after
+    for start, share in (("says", before.predicted), ("wanted", before.target), ("says", after.target)):
+        assert any(text.startswith(f"{start}") and text.endswith(f"… ({share:.0%})") for text in said)
 
 
-def _shares(name: str) -> tuple[float, float]:
-    result = found(target_name=name, predicted_name=name)
-    return result.probabilities_before.predicted, result.probabilities_after.target
+def test_a_text_is_made_smaller_before_it_is_cut_and_keeps_its_end() -> None:
+    text, end = "wanted: Bohemian Waxwing", " (12%)"
+    cut = 0
+    for pixels in range(100, 240, 3):
+        written = blank_figure(2).text(0.02, 0.5, text + end, fontsize=8.5)
+        fit_text(written, pixels / (WIDTH * DPI), end)
+        assert written.get_window_extent().x1 <= pixels
+        assert written.get_text().endswith(end)
+        smallest = blank_figure(2).text(0.02, 0.5, text + end, fontsize=SMALLEST_TYPE)
+        fits = smallest.get_window_extent().x1 <= pixels
+        assert (written.get_text() == text + end) == fits
+        cut += not fits
+    assert 0 < cut < 47
 
 
 def test_a_long_path_is_shown_in_part_and_in_order() -> None:
