@@ -206,7 +206,7 @@ class MirrorCFE:
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
         self.soften = self._softening(self.decoder, self.meta.get("soften", 0.0))
         if self.meta:
-            self.meta["soften"] = self.soften
+            self.meta |= self._ways()
 
     # Latents
 
@@ -483,7 +483,7 @@ class MirrorCFE:
             "classes": [self.classifier.class_name(index) for index in sorted(wanted)],
             "recipe": {**trainer.recipe.__dict__},
             "torch": torch.__version__,
-            "soften": soften,
+            **self._ways(),
         }
         try:
             self._train(trainer, state, save_every, preview, preview_every)
@@ -549,7 +549,7 @@ class MirrorCFE:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
         if self.decoder is None:
             raise ValueError("there is no decoder to save: fit one first")
-        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, "soften": self.soften}
+        meta = {"classifier": self.classifier.fingerprint(), "shift": self.shift, **self._ways()}
         meta |= {**self.meta, **more}
         save_decoder(path, self.decoder, meta)
 
@@ -798,6 +798,10 @@ class MirrorCFE:
             if len(open_rows) == 0:
                 break
         return found, images, logits
+
+    def _ways(self) -> dict[str, object]:
+        """How this explainer draws, as a decoder's file says it."""
+        return {"reflection": self.reflection, "soften": self.soften}
 
     def _softening(self, decoder: MirrorDecoder | None, own: object = 0.0) -> float:
         """The softening that was asked for, else the decoder's own."""

@@ -1617,6 +1617,20 @@ def test_a_file_with_a_wrong_softening_is_refused(tmp_path: Path, value: object)
     assert finecf.MirrorCFE(clf, tmp_path / "wrong.safetensors", soften=1).soften == 1.0
 
 
+def test_the_reflection_that_explains_goes_with_the_file(tmp_path: Path) -> None:
+    file, other = tmp_path / "d.safetensors", tmp_path / "other.safetensors"
+    clf = fitted(checkpoint=file)[0].classifier
+    assert finecf.MirrorCFE(clf, file).reflection == "closed_form"
+    finecf.MirrorCFE(clf, file, reflection="two_class").save(other)
+    read = finecf.MirrorCFE(clf, other)
+    assert read.reflection == read.meta["reflection"] == "two_class"
+    assert read.meta["recipe"]["reflection"] == "closed_form"  # how it was trained stays on record
+    assert finecf.MirrorCFE(clf, other, reflection="closed_form").reflection == "closed_form"
+    unnamed = finecf.MirrorCFE(clf, read.decoder, reflection="two_class")
+    unnamed.save(other)
+    assert finecf.MirrorCFE(clf, other).reflection == "two_class"
+
+
 def test_a_decoder_of_whole_images_is_not_softened(tmp_path: Path) -> None:
     file = tmp_path / "d.safetensors"
     whole, _ = fitted(checkpoint=file)
