@@ -180,7 +180,7 @@ def explain(
         int, typer.Option(min=2, help="mirror: images from k = 0 to k = 1; the figure shows some, the animation all.")
     ] = MIRROR_STEPS,
     reflection: Annotated[
-        str | None, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}; default: as the decoder was trained.")
+        str | None, typer.Option(help=f"mirror: {', '.join(REFLECTIONS)}; default: as the decoder's file says.")
     ] = None,
     corrections: Annotated[
         int, typer.Option(min=0, help="mirror: how often at most to draw an image anew for what it is short of.")

@@ -127,8 +127,8 @@ class MirrorCFE:
         decoder: a `MirrorDecoder`, or a file that `save` wrote; None: `latent_path` and `class_distances` work, and
             `fit` makes one.
         reflection: "closed_form" (needs a linear head), "lbfgs" (the paper's search; any head) or "two_class"
-            (eq. 1; other classes' logits move along). None: as the decoder's file says, else as it was trained;
-            "closed_form" for a decoder that is no file, and where there is none yet.
+            (eq. 1; other classes' logits move along). None: as the decoder's file says, else as it was trained, and
+            `fit` as that one was trained; "closed_form" for a decoder that is no file, and where there is none yet.
         shift: "uniform" moves every cell of the map by z_k - z; "per_cell" mirrors every cell by itself (the mean is
             the same; not with "lbfgs"). None: as the decoder's file says that it was trained; "uniform" for a decoder
             that is no file, and where there is none yet.
@@ -174,6 +174,7 @@ class MirrorCFE:
     ) -> None:
         self.classifier = wrapped(classifier)
         self.reflection = "closed_form" if reflection is None else one_of("reflection", reflection, REFLECTIONS)
+        self._trains_along = self.reflection
         self.shift = "uniform" if shift is None else one_of("shift", shift, SHIFTS)
         self.untrained_pairs = one_of("untrained_pairs", untrained_pairs, UNTRAINED)
         if not isinstance(corrections, int) or corrections < 0:
@@ -201,7 +202,8 @@ class MirrorCFE:
             if shift is None:
                 self.shift = trained.get("shift", "uniform")
             if reflection is None:
-                self.reflection = self.meta.get("reflection", trained.get("reflection", "closed_form"))
+                self._trains_along = trained.get("reflection", "closed_form")
+                self.reflection = self.meta.get("reflection", self._trains_along)
         if self.shift == "per_cell" and self.reflection == "lbfgs":
             raise ValueError('shift="per_cell" needs a reflection that is known cell by cell: not "lbfgs"')
         self.soften = self._softening(self.decoder, self.meta.get("soften", 0.0))
@@ -454,7 +456,7 @@ class MirrorCFE:
             alpha=alpha,
             kl_order=kl_order,
             precision=precision,
-            reflection=self.reflection,
+            reflection=self._trains_along,
             shift=self.shift,
             discriminator=tuple(discriminator or ((64, 128, 256, 512) if large else (32, 64, 128))),
             augment=augment,
@@ -476,7 +478,7 @@ class MirrorCFE:
         state = None if out is None else out.with_name(out.name + ".resume")
         if state is not None and resume and state.is_file():
             trainer.load(state)
-        self.decoder, self.soften = net, soften
+        self.decoder, self.soften, self.reflection = net, soften, self._trains_along
         self.meta = {
             "classifier": self.classifier.fingerprint(),
             "pairs": named,

@@ -1626,6 +1626,8 @@ def test_the_reflection_that_explains_goes_with_the_file(tmp_path: Path) -> None
     assert read.reflection == read.meta["reflection"] == "two_class"
     assert read.meta["recipe"]["reflection"] == "closed_form"  # how it was trained stays on record
     assert finecf.MirrorCFE(clf, other, reflection="closed_form").reflection == "closed_form"
+    read.fit(data(), PAIRS, **TINY)  # it trains as that one was trained
+    assert read.reflection == read.meta["reflection"] == read.meta["recipe"]["reflection"] == "closed_form"
     unnamed = finecf.MirrorCFE(clf, read.decoder, reflection="two_class")
     unnamed.save(other)
     assert finecf.MirrorCFE(clf, other).reflection == "two_class"
