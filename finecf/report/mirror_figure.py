@@ -51,8 +51,8 @@ PICTURES_WIDTH: Final = {3: 7.6, 4: 8.2}
 """Inches that the pictures of the lower row take together, by their number."""
 SMALL_PRINT: Final = (
     "k moves the features that the model reads along a straight line: from those of the image (0) over the boundary "
-    "between the two classes (0.5) to their mirror image (1), where the two scores are swapped. Each image is drawn "
-    "from the features of its k and put through the model again."
+    "between the two classes (0.5) to their mirror image (1), where the lead of one class over the other has changed "
+    "sides. Each image is drawn from the features of its k and put through the model again."
 )
 WAYS: Final = {"closed_form": "the closed form", "lbfgs": "L-BFGS", "two_class": "the reflection of two classes"}
 LINE_LENGTH: Final = 190
