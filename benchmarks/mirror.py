@@ -9,18 +9,22 @@ the family). Each method is scored at its first image that is called the target,
 until source and target have swapped their logits' distance. "denoised": after a Gaussian blur of sigma 1, kernel 7.
 Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD and real
 images, which have none, that of Mirror-CFE at k = 1. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
-the largest change of a pixel. "nearest real image": of those among which the interpolation looks for its end, the one
+the largest change of a pixel; "PGD blur" is done only when the blurred image is the target as well. "nearest real
+image": of those among which the interpolation looks for its end, the one
 of the target class that is nearest in pixels; its FID compares real images with a set that holds them. The
 interpolation is not corrected; --corrections 0 draws Mirror-CFE's images once.
 
---ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts. --validation takes
-images that no other run grades, for choosing settings: birds of the validation split, garments that the 600 leave over.
+--ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
+part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
+takes images that no other run grades, for choosing settings: birds of the validation split, garments that the 600 leave
+over.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ from torch import Tensor
 import finecf
 from finecf.data import SyntheticBirds
 from finecf.explainers import MirrorExplanation
+from finecf.explainers._mirror_losses import distance_ratio, triangulation
 from finecf.explainers.mirror_cfe import CORRECTIONS, REFLECTIONS
 from finecf.metrics import (
     CounterfactualScores,
@@ -165,8 +170,46 @@ def kept(classifier: Classifier, images: Tensor, wanted: Tensor, sigma: float) -
     return float((said == wanted).double().mean())
 
 
-def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
-    """The table of one decoder, and what an ablation shows of it."""
+def doubles(values: Iterable[float]) -> Tensor:
+    """float64 [n]."""
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def strayed(
+    mirror: finecf.MirrorCFE,
+    found: list[MirrorExplanation],
+    x: Tensor,
+    target: Tensor,
+    references: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    """The triangulation loss [B] of the strips behind k = 0, against training images drawn as in training: one of the
+    target from k = 1/2 on, before it one of the source.
+    """
+    k = found[0].k
+    path = mirror.latent_path(x, target, steps=k)
+    source = path.logits[:, 0].argmax(1)
+    read = [mirror.classifier.features_and_logits(part) for part in references.split(64)]
+    encoded = torch.cat([maps.mean((2, 3)) for maps, _ in read])
+    known = torch.cat([logits.argmax(1) for _, logits in read]) == labels
+    draws = torch.Generator().manual_seed(0)
+    values = []
+    for row, each in enumerate(found):
+        ends = []
+        for label in (source[row], target[row]):
+            members = ((labels == label) & known).nonzero()[:, 0]
+            ends.append(int(members[int(torch.randint(len(members), (), generator=draws))]))
+        drawn = [number for number, place in enumerate(k) if place > 0]
+        numbers = torch.tensor([ends[int(k[number] >= 0.5)] for number in drawn])
+        images, latents = each.images[drawn], path.latents[row, drawn]
+        beta = distance_ratio(latents, encoded[numbers].to(latents), path.latents[row, :1].expand_as(latents))
+        away = (images - references[numbers]).abs().mean((1, 2, 3)), (images - x[row]).abs().mean((1, 2, 3))
+        values.append(float(triangulation(beta.to(images), *away)))
+    return doubles(values)
+
+
+def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tuple[list[Table], dict[str, Tensor]]:
+    """The tables of one decoder, and what an ablation shows of it, image by image (NaN: there is none)."""
     classifier = mirror.classifier
     recipe = mirror_recipe(on)
     numbers, x, target = chosen_images(on, classifier, recipe.pairs, options)
@@ -188,6 +231,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     known = torch.cat([classifier.features(part).mean((2, 3)) for part in references.split(64)])
     toward = known[lines["interpolation"].reference].double()
     euclidean = pgd(classifier, x, target, norm="l2")
+    standing = pgd(classifier, x, target, blur=1.0)
     real = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
     everywhere = torch.ones(len(x), dtype=torch.bool)
     rows = {
@@ -196,6 +240,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "PGD, first": Images(quick.images, quick.found, end.latents),
         "PGD, driven on": Images(far.images, far.found, end.latents),
         "PGD l2, first": Images(euclidean.images, euclidean.found, end.latents),
+        "PGD blur, first": Images(standing.images, standing.found, end.latents),
     }
     for name, line in lines.items():
         way = line.k.nan_to_num(1.0)[:, None] * (toward - start.double())
@@ -212,13 +257,14 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         table.rows[name] = row_of(classifier, x, target, own, scores[name], of_targets)
     table.columns = list(next(iter(table.rows.values())))
     faithful = Table(f"{on}: from latent to image, over k", ["mean", "95 % interval"])
-    for name, values in (
-        ("confidence gap", [each.confidence_gap for each in found]),
-        ("latent error", [float(each.latent_error.mean()) for each in found]),
-        ("reconstruction L1", [float((each.reconstruction - each.prepared).abs().mean()) for each in found]),
-        ("k of the first counterfactual", [each.first_k for each in found if each.first_k is not None]),
-    ):
-        mean = bootstrap_mean(torch.tensor(values, dtype=torch.float64))
+    along = {
+        "confidence gap": doubles(each.confidence_gap for each in found),
+        "latent error": doubles(float(each.latent_error.mean()) for each in found),
+        "reconstruction L1": doubles(float((each.reconstruction - each.prepared).abs().mean()) for each in found),
+    }
+    flips = doubles(each.first_k for each in found if each.first_k is not None)
+    for name, values in {**along, "k of the first counterfactual": flips}.items():
+        mean = bootstrap_mean(values)
         faithful.rows[name] = {"mean": mean.mean, "95 % interval": f"[{mean.low:.3f}, {mean.high:.3f}]"}
     table.notes.append(f"{seconds * 1e3:.0f} ms an image for strip, first counterfactual and mirror image.")
     called = torch.cat([classifier.logits(part).argmax(1) for part in x.split(64)])
@@ -227,14 +273,14 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         blurred.rows[name] = {f"{sigma:g} pixels": kept(classifier, images, wanted, sigma) for sigma in BLURS}
     blurred.columns = list(blurred.rows["Mirror-CFE, k = 1"])
     tables = [table, beside(on, rows, scores), faithful, blurred]
+    one, last = scores["Mirror-CFE, first"], scores["Mirror-CFE, k = 1"]
     summary = {
-        "first found": table.rows["Mirror-CFE, first"]["found"],
-        "valid, k = 1": table.rows["Mirror-CFE, k = 1"]["valid"],
-        "denoised valid, k = 1": table.rows["Mirror-CFE, k = 1"]["denoised valid"],
-        "L1, first": table.rows["Mirror-CFE, first"]["L1"],
-        "latent error": faithful.rows["latent error"]["mean"],
-        "confidence gap": faithful.rows["confidence gap"]["mean"],
-        "reconstruction L1": faithful.rows["reconstruction L1"]["mean"],
+        "first found": first.found.double(),
+        "valid, k = 1": last.valid,
+        "denoised valid, k = 1": last.denoised_valid,
+        "L1, first": one.l1,
+        **along,
+        "triangulation": strayed(mirror, found, x, target, references, labels),
     }
     if on == "birds":
         drawn = {
@@ -254,7 +300,7 @@ def redrawn(
     target: Tensor,
     drawn: dict[str, Tensor],
     options: argparse.Namespace,
-    summary: dict[str, Any],
+    summary: dict[str, Tensor],
 ) -> Table:
     """How far the images are from the ground-truth counterfactual, which the generator draws."""
     birds = SyntheticBirds(split_of("birds", options), n=options.images)
@@ -281,8 +327,9 @@ def redrawn(
             "inside": inside,
             "outside": outside,
         }
-        summary[f"energy to area, {name}"] = float(energy / area)
-        summary[f"inside, {name}"] = inside.mean
+        if name in ("first", "k = 1"):
+            summary[f"energy to area, {name}"] = scores.energy.where(seen, torch.nan) / area
+            summary[f"inside, {name}"] = (scores.inside - scores.source_inside).where(seen, torch.nan)
     table.columns = list(table.rows["first"])
     table.notes.append(
         "Energy: share of the change that lies on the visible parts that differ; grown: by half a cell of the map. "
@@ -316,6 +363,26 @@ def ablated(options: argparse.Namespace) -> list[tuple[str, Path]]:
     return files
 
 
+def worth(on: str, summaries: dict[str, dict[str, Tensor]]) -> list[Table]:
+    """What each decoder reaches, and what leaving a part out changes on the same images."""
+    whole, *parts = summaries
+    columns = list(summaries[whole])
+    means = {name: {column: float(own[column].nanmean()) for column in columns} for name, own in summaries.items()}
+    apart: dict[str, dict[str, Any]] = {}
+    for name in parts:
+        pairs = {column: (summaries[name][column], summaries[whole][column]) for column in columns}
+        both = {column: ~(own.isnan() | other.isnan()) for column, (own, other) in pairs.items()}
+        apart[name] = {
+            column: paired_bootstrap(own[both[column]], other[both[column]])
+            for column, (own, other) in pairs.items()
+            if both[column].any()
+        }
+    return [
+        Table(f"{on}: what the parts are worth", columns, means),
+        Table(f"{on}: what leaving a part out changes", columns, apart),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", default="digits", choices=["digits", "birds", "fashion"])
@@ -342,11 +409,11 @@ def main() -> None:
     settings |= {"soften": options.soften, "reflection": options.reflection}
     tables: list[Table] = []
     if options.ablation:
-        table = Table(f"{options.on}: what the parts are worth", [])
-        for name, file in ablated(options):
-            _, table.rows[name] = score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)
-        table.columns = list(next(iter(table.rows.values())))
-        tables.append(table)
+        summaries = {
+            name: score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)[1]
+            for name, file in ablated(options)
+        }
+        tables = worth(options.on, summaries)
     else:
         file = options.decoder or shipped_decoder(options.on)
         tables, _ = score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,6 +73,8 @@ DEMO_BIRDS_LOOKED_AT = 40
 """So many test birds are looked through for those that the demo mirrors."""
 MIRROR_BATCH = 8
 MIRROR_STEPS = 21
+INTERRUPTED = "interrupted"
+"""The total that says so; such a run is written like any other, and ends with code 130."""
 METHODS = ("fgvce", "smdl", "mirror")
 OPTIONS_OF = {
     "fgvce": ("preset", "max_edits", "minimal"),
@@ -270,6 +273,8 @@ def explain(
         if skipped:
             run.totals["skipped"] = skipped
     run.publish(out)
+    if INTERRUPTED in run.totals:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -820,7 +825,7 @@ def _explain_all(
         except KeyboardInterrupt:
             if not run.results:
                 raise
-            run.totals["interrupted"] = f"{len(run.results)} of {count} images explained"
+            run.totals[INTERRUPTED] = f"{len(run.results)} of {count} images explained"
 
 
 def _progress() -> Progress:
@@ -844,13 +849,30 @@ def _mirror(
 ) -> MirrorCFE:
     """The explainer with the decoder of that file, else with the shipped one for this model."""
     file = decoder or _shipped_for(classifier)
-    explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)
+    _check_order(explainer)
+    for warning in said:
+        Console(stderr=True, highlight=False).print(f"[bold]finecf:[/] {escape(str(warning.message))}", soft_wrap=True)
     assert explainer.decoder is not None
     _, height, width = explainer.decoder.shape.image
     if (height, width) != (size, size):
         drawn = f"--size {height}" if height == width else "a decoder for square images"
         raise ValueError(f"--size {size}: this decoder draws images of {height} x {width} pixels; give {drawn}")
     return explainer
+
+
+def _check_order(explainer: MirrorCFE) -> None:
+    """Refuse names that the decoder's file has too, for other outputs: every image would be called something else."""
+    classifier, theirs = explainer.classifier, explainer.names_in_file()
+    for index in explainer.otherwise_named():
+        if theirs[index] in (classifier.class_names or []):
+            raise ValueError(
+                f"output {index} is {theirs[index]!r} in the decoder's file and {classifier.class_name(index)!r} here: "
+                "the names are not in the order of the model's outputs (without --labels they are the subfolders', "
+                "sorted). Give --labels FILE with one name a line, in the outputs' order"
+            )
 
 
 def _shipped_for(classifier: Classifier) -> Path:

@@ -19,6 +19,7 @@ from finecf import cli
 from finecf.cli import app
 from finecf.explainers import Interrupted
 from finecf.explainers.mirror_cfe import CORRECTIONS
+from finecf.models.checkpoints import load_tensors, save_tensors
 from finecf.models.decoder import MirrorDecoder, shape_of
 from finecf.report.run import Run
 
@@ -177,7 +178,7 @@ def test_a_second_run_leaves_no_figures_of_the_first(folder: Path) -> None:
 def rank(folder: Path, *more: object) -> tuple[int, str, list[dict[str, str]]]:
     """`finecf explain --method smdl` on a grid of few regions, and the table that it wrote."""
     code, output = explain(folder, "--method", "smdl", "--regions", "grid", "--region-count", 16, *more)
-    if code:
+    if code == 2:
         return code, output, []
     with (folder / "out" / "table.csv").open() as file:
         return code, output, list(csv.DictReader(file))
@@ -331,9 +332,38 @@ def test_what_was_finished_before_an_interruption_is_reported(folder: Path, monk
 
     monkeypatch.setattr(finecf.SMDL, "explain", stopped)
     code, output, rows = rank(folder, "--all-mistakes", "--no-figures")
-    assert code == 0, output
+    assert code == 130, output
     assert "interrupted: 2 of 3 images explained" in output
     assert [row["is"] for row in rows] == ["blue", "green"]
+
+
+def test_an_interruption_before_the_first_image_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: finecf.SMDL, images: torch.Tensor, *_: object, **__: object) -> None:
+        raise Interrupted([], len(images))
+
+    monkeypatch.setattr(finecf.SMDL, "explain", stopped)
+    code, output = explain(folder, "--method", "smdl", "--all-mistakes", "--no-figures")
+    assert code == 130
+    assert "interrupted before the first of 3 images was explained" in output
+
+
+def test_names_in_another_order_than_the_decoders_are_refused(folder: Path) -> None:
+    file = decoder_file(folder)
+    tensors, meta = load_tensors(file)
+    image = ("--image", folder / "data" / "red" / "0.png", "--target", "green", "--no-figures", "--decoder", file)
+    for names, code, message in (
+        (
+            ["green", "blue", "red"],
+            2,
+            "output 0 is 'green' in the decoder's file and 'blue' here: the names are",
+        ),
+        (["verde", "rosso", "blu"], 0, "output 0 is 'verde' in the decoder's file"),
+    ):
+        save_tensors(file, tensors, {**meta, "pairs": [[0, 1], [1, 2]], "classes": names})
+        found, output, _ = mirror(folder, *image)
+        assert found == code, output
+        assert message in " ".join(output.split())
+        assert "UserWarning" not in output
 
 
 def test_black_is_that_of_normalised_images(folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -137,16 +139,18 @@ def draw_pair(
         own = prior if decoder.changes else prior_of(classifier, decoder, features, features, *named)
         both = torch.cat([prior, own])
     twice = [[torch.cat([each, each]) for each in several] for several in (skips, decoder.prepare(skips))]
-    drawn, start = (decode or decoder)(torch.cat([moved, features]), *twice, both).float().chunk(2)
+    draw = decoder if decode is None else decode  # a compiled module has no truth value
+    drawn, start = draw(torch.cat([moved, features]), *twice, both).float().chunk(2)
     return decoder.shown(images, drawn, start, prior), start
 
 
 def places_of(name: str, steps: Steps, device: torch.device) -> Tensor:
     """The k of a path, float64 [K]; `name` is that of the argument, for messages."""
-    if isinstance(steps, int):
-        if steps < 2:
-            raise ValueError(f"{name} must be at least 2, from k = 0 to k = 1, or the k themselves; got {steps}")
-        return torch.linspace(0, 1, steps, dtype=torch.float64, device=device)
+    if isinstance(steps, SupportsIndex) and not hasattr(steps, "__len__"):  # arrays have an __index__ too
+        count = operator.index(steps)
+        if count < 2:
+            raise ValueError(f"{name} must be at least 2, from k = 0 to k = 1, or the k themselves; got {count}")
+        return torch.linspace(0, 1, count, dtype=torch.float64, device=device)
     k = torch.as_tensor(steps, dtype=torch.float64, device=device)
     if k.ndim != 1 or len(k) == 0 or not bool(((k >= 0) & (k <= 1)).all()):
         raise ValueError(f"{name} must be a number, or k between 0 and 1; got {steps}")

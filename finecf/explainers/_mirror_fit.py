@@ -11,6 +11,7 @@ import math
 import operator
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -42,23 +43,27 @@ from finecf.regions.baseline import blur_every_second
 LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "triangulation")
 CHANGEABLE: Final = ("learning_rate", "precision")
 """Settings with which a state may go on that were others when it was written."""
+WEIGHTS: Final = "weights"
 _WHOLE: Final = ("steps", "batch", "seed", "augment", "warm_up")
 _BATCH_WHILE_LOOKING = 64
+_SEEN = ("predicted", "confidence")
+"""What a state says of the images that it was trained on: fields of `Classes`."""
 
 
 class TrainingStopped(FloatingPointError):
     """A loss became NaN or infinite; the last good state is kept.
 
     Attributes:
-        loss: its name.
+        loss: its name; "weights" where the last step made a weight of the decoder so.
         step: the step, from 0.
         value: what the loss was.
     """
 
     def __init__(self, loss: str, step: int, value: float, where: str = "") -> None:
         self.loss, self.step, self.value = loss, step, value
+        what = "a weight of the decoder" if loss == WEIGHTS else f"the {loss} loss"
         super().__init__(
-            f"the {loss} loss became {value} at step {step}: training stopped{where}. Try a smaller learning_rate, "
+            f"{what} became {value} at step {step}: training stopped{where}. Try a smaller learning_rate, "
             'or precision="float32": a state may be gone on from with these two changed'
         )
 
@@ -188,6 +193,8 @@ class Pool:
         images, named = [each[0] for each in pairs], [each[1] if len(each) > 1 else None for each in pairs]
         if all(isinstance(each, Tensor) for each in images):
             sizes = {tuple(each.shape) for each in images}
+            if len(sizes) > 1 and self._classifier.preprocess is not None:
+                return self._classifier.prepare(images), named
             if len(sizes) > 1:
                 raise ValueError(f"the training images have different sizes, {sorted(sizes)}; resize them")
             return self._classifier.prepare(torch.stack(images)), named
@@ -244,7 +251,7 @@ def look_through(
     members = {}
     for index in sorted({index for pair in pairs for index in pair}):
         own = (found == index).nonzero()[:, 0]
-        own = own[[labels[number] is None or int(labels[number]) == index for number in own.tolist()]]
+        own = own[[labels[number] is None or _label(classifier, labels[number]) == index for number in own.tolist()]]
         if len(own) < 2:
             raise ValueError(
                 f"class {classifier.class_name(index)!r} of the pairs has {len(own)} training images that the "
@@ -254,15 +261,26 @@ def look_through(
     return Classes(found, members, torch.cat(sureness))
 
 
-def check_range(x: Tensor, low: Tensor, high: Tensor) -> None:
+_TRAIN_OTHERWISE = (
+    "train with decoder={'image_range': (least, largest)}, two numbers or two lists of one a channel, of the images as "
+    "the model takes them"
+)
+
+
+def check_range(x: Tensor, low: Tensor, high: Tensor, advice: str = _TRAIN_OTHERWISE) -> None:
     """Refuse images beyond the range that the decoder draws in; [B,Ch,H,W] and [1,Ch,1,1]."""
     slack = 1e-3 * (high - low)
     if bool(((x < low - slack) | (x > high + slack)).any()):
         raise ValueError(
             f"the images reach from {float(x.min()):.3g} to {float(x.max()):.3g}, beyond the decoder's image_range "
-            f"({low.flatten().tolist()} to {high.flatten().tolist()}): train with decoder={{'image_range': (least, "
-            "largest)}, two numbers or two lists of one a channel, of the images as the model takes them"
+            f"({_few(low)} to {_few(high)}): {advice}"
         )
+
+
+def _few(bounds: Tensor) -> str:
+    """A bound of each channel, or one that they share, to three digits."""
+    values = [f"{each:.3g}" for each in bounds.flatten().tolist()]
+    return values[0] if len(set(values)) == 1 else f"[{', '.join(values)}]"
 
 
 class Sample(NamedTuple):
@@ -464,10 +482,17 @@ class Trainer:
             parameter.grad = gradient
         optimiser.step()
 
+    def check_weights(self) -> None:
+        """Stop where the decoder holds NaN or infinity: the losses of a step are those of the weights before it."""
+        for value in self.decoder.state_dict().values():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise TrainingStopped(WEIGHTS, self.step - 1, float(value[~value.isfinite()][0]))
+
     @contextmanager
     def _precision(self) -> Iterator[None]:
         half = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.classifier.device.type, dtype=torch.bfloat16, enabled=half):
+        # Cached weights last until the outermost autocast is left, which is not this one: they would not be updated.
+        with torch.autocast(self.classifier.device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=False):
             yield
 
     # The state
@@ -488,7 +513,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write all that the next step needs."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"images/{name}": getattr(self.classes, name) for name in _SEEN}
         for name, net in (("decoder", self.decoder), ("discriminator", self.discriminator)):
             tensors |= {f"{name}/{key}": value for key, value in net.state_dict().items()}
             for number, moments in self.optimisers[name].state_dict()["state"].items():
@@ -500,6 +525,9 @@ class Trainer:
 
         Raises:
             ValueError: it is of another training, or broken.
+
+        Warns:
+            UserWarning: the classifier says something else of the images than of those of the state.
         """
         try:
             tensors, meta = load_tensors(path)
@@ -507,8 +535,18 @@ class Trainer:
             raise ValueError(f"{error}; to start from nothing delete it, or pass resume=False") from error
         if meta.get("of") != self.fingerprint():
             raise ValueError(
-                f"{path} is the state of a training with other settings, data or classifier; delete it, or pass "
-                "resume=False"
+                f"{path} is the state of a training with other settings, data or classifier"
+                f"{_apart(str(meta.get('of')), self.fingerprint())}; delete it, or pass resume=False"
+            )
+        then = _under(tensors, "images/")
+        apart = [(then[name] - getattr(self.classes, name)).abs() > 1e-3 for name in then]
+        if any(float(each.double().mean()) > 0.01 for each in apart):  # a few may lie on a boundary
+            warnings.warn(
+                f"{path} is the state of a training on other images (or they are drawn at random each time they are "
+                "read): the decoder will have learned from both. Pass resume=False, or delete the state, to start from "
+                "nothing",
+                UserWarning,
+                stacklevel=4,  # above fit's inference_mode
             )
         self.step, self.history = meta["step"], meta["history"]
         for name, net in (("decoder", self.decoder), ("discriminator", self.discriminator)):
@@ -552,6 +590,22 @@ def _whole(value: object) -> int:
         raise TypeError(
             f"{', '.join(_WHOLE)} and the discriminator's widths are whole numbers; got {value!r}"
         ) from None
+
+
+def _label(classifier: Classifier, label: Any) -> int:
+    """A class that comes with an image, by index or name."""
+    return classifier.class_index(label) if isinstance(label, str) else int(label)
+
+
+def _apart(there: str, here: str) -> str:
+    """In which settings two fingerprints of `Trainer` differ, as words."""
+    try:
+        two = [json.loads(each) for each in (there, here)]
+        then, now = ({**each.pop("recipe"), **each} for each in two)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ""
+    names = [name for name in now if then.get(name) != now[name]]
+    return f" ({', '.join(f'{name}: {then.get(name)} there, {now[name]} here' for name in names)})"
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ what readers report of it, and what is ours.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ _LONGEST: Final = 0.25
 """No correction moves a map by more than this share of its whole way."""
 _SETTLED: Final = 0.02
 """An image that is short of less than this share of the way between its two classes is not corrected."""
+_MISSED: Final = 1e-3
+"""Logits that miss the swapped ones by less than this share of the classes' gap count as swapped."""
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
 
 Target = int | str | Tensor | Sequence[int | str]
@@ -177,14 +180,14 @@ class MirrorCFE:
         self._trains_along = self.reflection
         self.shift = "uniform" if shift is None else one_of("shift", shift, SHIFTS)
         self.untrained_pairs = one_of("untrained_pairs", untrained_pairs, UNTRAINED)
-        if not isinstance(corrections, int) or corrections < 0:
+        if not isinstance(corrections, SupportsIndex) or operator.index(corrections) < 0:
             raise ValueError(f"corrections is a whole number of at least 0; got {corrections}")
         if not 0 <= correction_blur < math.inf:
             raise ValueError(f"correction_blur is a standard deviation in pixels, at least 0; got {correction_blur}")
         if not 0 < resolution <= 0.5:
             raise ValueError(f"resolution is a step of k and must lie in (0, 0.5]; got {resolution}")
         self.resolution = resolution
-        self.corrections, self.correction_blur = corrections, float(correction_blur)
+        self.corrections, self.correction_blur = operator.index(corrections), float(correction_blur)
         self._asked_soften = soften
         self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(classifier.device.type, 32)
         self.budget = budget_for(classifier.device, memory_budget)
@@ -279,28 +282,34 @@ class MirrorCFE:
         swapped = reflected.logits.clone()
         swapped[rows, own], swapped[rows, wanted] = reflected.logits[rows, wanted], reflected.logits[rows, own]
         residual = (end - swapped).abs().amax(1)
-        notes = []
-        if self.reflection == "closed_form" and head.rank < classes and len(own):
-            notes.append(
-                f"the head's weight has rank {head.rank} for {classes} classes: the logits cannot all be "
-                f"kept, and at k = 1 they miss the swapped ones by up to {float(residual.max()):.2g}"
-            )
         star = head.first_flip(reflected, wanted)
+        notes = []
+        gap = (reflected.logits[rows, own] - reflected.logits[rows, wanted]).abs()
+        # Along two classes the others move along anyway.
+        if self.reflection != "two_class" and len(own) and float(residual.max()) > _MISSED * float(gap.max()):
+            why = "the search did not arrive"
+            if head.weight is not None and head.rank < classes:
+                why = f"the head's weight has rank {head.rank} for {classes} classes"
+            notes.append(
+                f"{why}: the logits cannot all be kept, and at k = 1 they miss the swapped ones by up to "
+                f"{float(residual.max()):.2g}; {int(star.isnan().sum())} of {len(own)} latents become no "
+                'counterfactual. reflection="two_class" crosses the boundary of any two classes'
+            )
         return LatentPath(k, own, wanted, moved.to(dtype), logits, star, residual, self.reflection, notes)
 
     def _gap_head(self, features: Tensor, logits: Tensor) -> GapHead:
         """The head as a function of the mean over cells; checked on these maps, and built once per classifier."""
-        fingerprint = self.classifier.fingerprint()
+        fingerprint = self.classifier.fingerprint() | {"device": str(features.device)}
         if self._head is not None and self._head_of == fingerprint:
             return self._head
         empty = len(features) == 0
         if empty:
             features = features.new_zeros(1, *features.shape[1:])
             logits = self.classifier.logits_from(features)
-        height, width = features.shape[2:]
+        (height, width), dtype = features.shape[2:], features.dtype
 
-        def of_means(latents: Tensor) -> Tensor:
-            maps = latents.to(features.dtype)[:, :, None, None].expand(-1, -1, height, width)
+        def of_means(latents: Tensor) -> Tensor:  # it is kept: the maps must not be
+            maps = latents.to(dtype)[:, :, None, None].expand(-1, -1, height, width)
             wanted = torch.is_grad_enabled()
             with self.classifier.eval_mode(), torch.set_grad_enabled(wanted):
                 return self.classifier.head(maps)
@@ -431,18 +440,27 @@ class MirrorCFE:
 
         Raises:
             ValueError: settings, pairs, images beyond the decoder's range, or a state of another training.
-            TrainingStopped: a loss became NaN or infinite.
+            TrainingStopped: a loss, or in the last step a weight, became NaN or infinite.
+
+        Warns:
+            UserWarning: the state is of other images, or no reflection crosses the boundary of some pair.
         """
         one_of("precision", precision, ("float32", "bfloat16"))
         one_of("kl_order", kl_order, ("image", "latent"))
         for name, value in (("save_every", save_every), ("preview_every", preview_every)):
             if value < 1:
                 raise ValueError(f"{name} is a number of steps, at least 1; got {value}")
+        out = None if checkpoint is None else Path(checkpoint)
+        if out is not None:  # not after hours
+            if out.is_dir():
+                raise ValueError(f"checkpoint is a file for the decoder, and {out} is a folder: name a file in it")
+            out.parent.mkdir(parents=True, exist_ok=True)
         pool = fitting.Pool(self.classifier, data)
         first = pool.take(torch.arange(min(2, len(pool))))
         with plain(self.classifier.device):
             head = self._gap_head(*self.classifier.features_and_logits(first))
         named = self._pairs(pairs)  # now the number of classes is known
+        self._warn_of_closed_ways(head, named)
         large = max(first.shape[2:]) > PLAIN_SIDE
         shape = shape_of(self.classifier, first[0], skips)
         wanted = {index for pair in named for index in pair}
@@ -474,7 +492,6 @@ class MirrorCFE:
             trainer = fitting.Trainer(self.classifier, head, net, pool, named, recipe, compile)
         if steps is None:
             trainer.set_epochs(epochs)
-        out = None if checkpoint is None else Path(checkpoint)
         state = None if out is None else out.with_name(out.name + ".resume")
         if state is not None and resume and state.is_file():
             trainer.load(state)
@@ -497,6 +514,26 @@ class MirrorCFE:
         if state is not None:
             state.unlink(missing_ok=True)
         return trainer.history
+
+    def _warn_of_closed_ways(self, head: GapHead, pairs: list[tuple[int, int]]) -> None:
+        """Warn of pairs whose boundary the reflection does not reach: where the head has not full rank."""
+        if head.weight is None or self._trains_along == "lbfgs":
+            return
+        source, target = torch.tensor(pairs, device=head.weight.device).T
+        # By how much the margin falls from k = 0 to 1, in shares of itself: 2 where the logits are swapped.
+        normal = head.weight[target] - head.weight[source]
+        gains = (normal * head.directions(source, target, self._trains_along)).sum(1)
+        closed = (gains < 1 + 1e-6).nonzero()[:, 0]
+        if len(closed):
+            names = [self.classifier.class_name(index) for index in pairs[int(closed[0])]]
+            warnings.warn(
+                f"along the reflection {self._trains_along!r} no image becomes the other class in {len(closed)} of "
+                f"{len(pairs)} pairs ({names[0]} - {names[1]}): the head's weight has rank {head.rank} for "
+                f'{len(head.weight)} classes. MirrorCFE(classifier, reflection="two_class") crosses the boundary of '
+                "any two classes whose weights differ",
+                UserWarning,
+                stacklevel=4,  # above fit's inference_mode
+            )
 
     def _train(
         self,
@@ -527,6 +564,7 @@ class MirrorCFE:
                         trainer.decoder.eval()
                         preview(trainer.step, self)
                         trainer.decoder.train()
+                trainer.check_weights()  # no step comes that would show it
             except KeyboardInterrupt:
                 done = f"training was interrupted after {trainer.step} of {trainer.recipe.steps} steps"
                 if state is not None and trainer.whole:
@@ -572,20 +610,32 @@ class MirrorCFE:
 
     def _compare_names(self, path: str | os.PathLike[str]) -> None:
         """Warn where the file calls a class otherwise: names in another order than the outputs lead anywhere."""
-        numbers = sorted({index for pair in self.meta.get("pairs", []) for index in pair})
-        theirs = dict(zip(numbers, self.meta.get("classes", []), strict=False))
-        if self.classifier.class_names is None or all(name == str(index) for index, name in theirs.items()):
-            return
-        mine = {index: self.classifier.class_name(index) for index in theirs}
-        other = [index for index in theirs if theirs[index] != mine[index]]
+        other, theirs = self.otherwise_named(), self.names_in_file()
         if other:
+            mine = self.classifier.class_name(other[0])
             warnings.warn(
-                f"output {other[0]} is {theirs[other[0]]!r} in the decoder's file {path} and {mine[other[0]]!r} in "
-                f"class_names ({len(other)} of {len(theirs)} classes differ): if the names are not in the order of the "
-                "model's outputs, targets are other classes than they are called",
+                f"output {other[0]} is {theirs[other[0]]!r} in the decoder's file {path} and {mine!r} in class_names "
+                f"({len(other)} of {len(theirs)} classes differ): if the names are not in the order of the model's "
+                "outputs, targets are other classes than they are called",
                 UserWarning,
                 stacklevel=4,
             )
+
+    def names_in_file(self) -> dict[int, str]:
+        """What the decoder's file calls the classes of its pairs."""
+        numbers = sorted({index for pair in self.meta.get("pairs", []) for index in pair})
+        return dict(zip(numbers, self.meta.get("classes", []), strict=False))
+
+    def otherwise_named(self) -> list[int]:
+        """The classes of the decoder's pairs that its file calls otherwise than the classifier's `class_names` do."""
+        theirs = self.names_in_file()
+        if self.classifier.class_names is None:
+            return []
+        mine = {index: self.classifier.class_name(index) for index in theirs}
+        unnamed = all(name == str(index) for index, name in theirs.items())
+        if unnamed and not {*theirs.values()} & {*mine.values()}:  # else they are digits, and their names
+            return []
+        return [index for index in theirs if theirs[index] != mine[index]]
 
     def _pairs(self, pairs: Sequence[tuple[int | str, int | str]] | None) -> list[tuple[int, int]]:
         if pairs is None:
@@ -604,7 +654,8 @@ class MirrorCFE:
             raise ValueError("pairs is empty: name at least one pair of classes")
         for p, q in named:
             if p == q:
-                raise ValueError(f"the pair ({p}, {q}) holds one class twice; there is no boundary inside it")
+                name = self.classifier.class_name(p)
+                raise ValueError(f"the pair ({name}, {name}) holds one class twice; there is no boundary inside it")
         return sorted({(min(pair), max(pair)) for pair in named})
 
     # Explaining
@@ -648,7 +699,8 @@ class MirrorCFE:
                 f"the images are {list(x.shape[1:])}, and the decoder draws {list(decoder.shape.image)}: resize them, "
                 "or fit a decoder for this size"
             )
-        fitting.check_range(x, decoder.low, decoder.high)
+        advice = "give images scaled as those it was trained on (a preprocess is applied here, not by you)"
+        fitting.check_range(x, decoder.low, decoder.high, advice)
         k = places_of("steps", steps, x.device)
         results: list[MirrorExplanation] = []
         # Corrections need gradients, which the user's own inference mode would not give.
@@ -686,7 +738,8 @@ class MirrorCFE:
     ) -> list[MirrorExplanation]:
         started = time.perf_counter()
         drawing = self._drawing(decoder, x, own, wanted)
-        path = self._path(drawing.head, drawing.reflected, drawing.canvas.source, drawing.canvas.target, k, x.dtype)
+        canvas = drawing.canvas
+        path = self._path(drawing.head, drawing.reflected, canvas.source, canvas.target, k, canvas.features.dtype)
         strip, strip_logits, strip_latents = [], [], []
         rows = torch.arange(len(x), device=x.device)
         for each in k:
@@ -703,14 +756,14 @@ class MirrorCFE:
             image, _, logits = drawing.at(rows, torch.full((len(x),), place, dtype=torch.float64, device=x.device))
             return image, logits.double()
 
-        blank, _ = drawn_at(0.0)
+        blank, blank_logits = drawn_at(0.0)
         mirror, mirror_logits = drawn_at(1.0)
-        errors = (torch.stack(strip_latents, 1) - path.latents.to(x.dtype)).abs().mean(-1).double()
+        errors = (torch.stack(strip_latents, 1) - path.latents).abs().mean(-1).double()
         seconds = (time.perf_counter() - started) / len(x)
         before = drawing.logits.double().softmax(1)
         results = []
         for b in range(len(x)):
-            source, target = int(drawing.canvas.source[b]), int(drawing.canvas.target[b])
+            source, target = int(canvas.source[b]), int(canvas.target[b])
             predicted = int(before[b].argmax())
             found = not math.isnan(float(first_k[b]))
             chosen = first[b] if found else mirror[b]
@@ -734,10 +787,11 @@ class MirrorCFE:
                     evaluations=2 + int(drawing.counts.seen[b]),  # the image itself was run twice
                     seconds=seconds,
                     seed=None,
-                    versions=versions() | {"device": str(x.device)},
+                    versions=versions() | {"device": str(x.device), "micro_batch": str(self.micro_batch)},
                     notes=[*path.notes, *self._notes(source, predicted, target)],
                     reflection=self.reflection,
                     origin=source,
+                    origin_name=self.classifier.class_name(source),
                     k=k.cpu(),
                     images=torch.stack([each[b] for each in strip]).cpu(),
                     prepared=x[b].cpu().clone(),  # it may be `image` itself
@@ -746,6 +800,8 @@ class MirrorCFE:
                     first_k=float(first_k[b]) if found else None,
                     mirror_image=mirror[b].cpu(),
                     mirror_valid=bool(mirror_logits[b].argmax() == target),
+                    redrawn_as=int(blank_logits[b].argmax()),
+                    redrawn_name=self.classifier.class_name(int(blank_logits[b].argmax())),
                     latent_first_k=None if math.isnan(float(path.k_star[b])) else float(path.k_star[b]),
                     latent_logits=path.logits[b].cpu(),
                     image_logits=torch.stack([each[b] for each in strip_logits]).cpu(),
@@ -824,7 +880,7 @@ class MirrorCFE:
                 "(finecf.training.shipped_decoder names the files for the small nets that ship); latent_path and "
                 "class_distances need none"
             )
-        return self.decoder
+        return self.decoder.to(self.classifier.device)  # the model may have moved
 
     def _untrained(self, source: int, target: int) -> bool:
         pairs = self.meta.get("pairs")

@@ -236,7 +236,8 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during `explain`; `explanations` holds what was finished (in a shell: `sys.last_value`)."""
 
     def __init__(self, explanations: list[Any], count: int) -> None:
-        super().__init__(f"interrupted after {len(explanations)} of {count} images; they are in .explanations")
+        done = f"interrupted after {len(explanations)} of {count} images; they are in .explanations"
+        super().__init__(done if explanations else f"interrupted before the first of {count} images was explained")
         self.explanations = explanations
 
 
@@ -482,13 +483,16 @@ class MirrorExplanation(Explanation):
 
     Attributes:
         reflection: "closed_form", "lbfgs" or "two_class".
-        origin: the class that the path leads away from; the predicted one unless another was asked for.
+        origin, origin_name: the class that the path leads away from; the predicted one unless another was asked for.
+            The name is None in files of earlier versions.
         k: float64 [K], the places of the strip.
         images: [K,C,H,W], the strip: semifactual below 1/2, counterfactual above.
         prepared: [C,H,W], the image as the model takes it.
         reconstruction: [C,H,W], what is decoded at k = 0.
         first_image, first_k: the first image beyond k = 1/2 that the classifier calls the target, and its k, or None.
         mirror_image, mirror_valid: the image at k = 1, and whether the classifier calls it the target.
+        redrawn_as, redrawn_name: the class that the classifier calls the image of k = 0; None in files of earlier
+            versions.
         latent_first_k: where the latent becomes a counterfactual; None: nowhere.
         latent_logits, image_logits: float64 [K,C]: what the head says of the latents, and the classifier of the images
             drawn from them. Where both agree the images are faithful; corrections bring the margin of the two classes
@@ -518,6 +522,9 @@ class MirrorExplanation(Explanation):
     corrections: int = 0
     correction_blur: float = 0.0
     soften: float = 0.0
+    origin_name: str | None = None
+    redrawn_as: int | None = None
+    redrawn_name: str | None = None
 
     def _outcome(self) -> str:
         return (
@@ -542,8 +549,15 @@ class MirrorExplanation(Explanation):
     @property
     def taken_at_once(self) -> bool:
         """Whether the classifier takes the image for the target as soon as it is redrawn (k = 0), nothing changed."""
+        if self.redrawn_as is not None:
+            return self.redrawn_as == self.target
         named = self.image_logits.argmax(1) == self.target
         return bool((named & (self.k < 1e-6)).any())
+
+    @property
+    def lost_at_once(self) -> bool:
+        """Whether the image, redrawn (k = 0) with nothing changed, is taken for neither its class nor the target."""
+        return self.redrawn_as not in (None, self.predicted, self.origin, self.target)
 
     def animate(self, path: str | Path, *, size: int = 256, frame_seconds: float = 0.1) -> Path:
         """Write the whole path, there and back, to a GIF file; each frame says its k and the target's probability.
@@ -584,6 +598,11 @@ class MirrorExplanation(Explanation):
             lines.append(
                 f"  redrawn at k = 0, with nothing changed, it is already taken for {self.target_name}: what the "
                 "decoder cannot draw decides"
+            )
+        if self.lost_at_once:
+            lines.append(
+                f"  redrawn at k = 0, with nothing changed, it is taken for {self.redrawn_name}: the decoder does not "
+                "draw what the model sees"
             )
         return lines + notes
 

@@ -78,6 +78,25 @@ def as_images(images: Tensor, name: str = "images") -> Tensor:
     return images.detach()
 
 
+_BEYOND = 1e-3
+"""By which share of the range an image may leave it, from rounding."""
+
+
+def as_shares(images: Tensor, low: Tensor, span: Tensor, name: str = "images") -> Tensor:
+    """Images [B,C,H,W] in shares of their range, whose bounds are those of `as_bounds`.
+
+    Raises:
+        ValueError: they are beyond it.
+    """
+    shares = (images - low) / span
+    if shares.numel() and not -_BEYOND <= float(shares.min()) <= float(shares.max()) <= 1 + _BEYOND:
+        raise ValueError(
+            f"the {name} reach from {float(images.min()):.3g} to {float(images.max()):.3g}, beyond image_range "
+            f"({low.flatten().tolist()} to {(low + span).flatten().tolist()}): give the range that the model takes."
+        )
+    return shares
+
+
 def as_targets(target: Tensor | int, batch: int, device: torch.device) -> Tensor:
     """Classes as int64 [B,K]: an int or [B] gives K = 1."""
     target = torch.as_tensor(target, device=device)

@@ -19,6 +19,7 @@ from finecf.metrics._inputs import (
     as_counterfactuals,
     as_images,
     as_maps,
+    as_shares,
     evaluating,
     logits_of,
     rows_per_batch,
@@ -101,14 +102,16 @@ def counterfactual_scores(
 
     Raises:
         TypeError: an argument is of a wrong kind, or `latents` are given and the classifier has no features.
-        ValueError: wrong shapes, NaN or inf, or a class out of range.
+        ValueError: wrong shapes, NaN or inf, images beyond the range, or a class out of range.
     """
     images = as_images(images)
     batch = len(images)
     counterfactuals, has = as_counterfactuals(counterfactuals, images, found)
     target = as_classes(target, batch, images.device)
     origin = None if source is None else as_classes(source, batch, images.device, "source")
-    _, span = as_bounds(image_range, images)
+    low, span = as_bounds(image_range, images)
+    as_shares(images, low, span)
+    as_shares(counterfactuals[has], low, span, "counterfactuals")
     rows = rows_per_batch(images, batch_size, None)
     if latents is not None:
         if not hasattr(classifier, "features"):

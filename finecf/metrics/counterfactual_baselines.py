@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,23 @@ from torch import Tensor
 
 from finecf.explainers._mirror_draw import Canvas, places_of
 from finecf.explainers._reflection import shifted_maps
-from finecf.metrics._inputs import ImageRange, as_bounds, as_classes, as_images, checked_logits, rows_per_batch
+from finecf.metrics._inputs import (
+    ImageRange,
+    as_bounds,
+    as_classes,
+    as_images,
+    as_shares,
+    checked_logits,
+    rows_per_batch,
+)
 from finecf.models import Classifier
+from finecf.regions.baseline import gaussian_blur
 
 if TYPE_CHECKING:
     from finecf.explainers import MirrorCFE
 
 NORMS = ("linf", "l2")
 _RADIUS = {"linf": 0.3, "l2": 3.0}
-_BEYOND = 1e-3
-"""By which share of the range an image may leave it, from rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +43,10 @@ class Attack:
 
     Attributes:
         images: [B,C,H,W], as the classifier takes them; where the target was not reached, the last one tried.
-        found: bool [B], whether the classifier calls the image the target.
+        found: bool [B], whether the classifier calls the image (with `blur`, the blurred one too) the target.
         steps: int64 [B], steps taken; 0 where the image was the target's before.
-        margin: float64 [B], by how much the target's logit is above the largest other one.
+        margin: float64 [B], by how much the target's logit is above the largest other one; of the image and the blurred
+            one the smaller.
     """
 
     images: Tensor
@@ -59,6 +67,7 @@ def pgd(
     steps: int = 40,
     margin: float = 0.0,
     stop: bool = True,
+    blur: float = 0.0,
     image_range: ImageRange = (0.0, 1.0),
     batch_size: int = 64,
 ) -> Attack:
@@ -79,6 +88,9 @@ def pgd(
         steps: the most steps.
         margin: how far the target's logit must be above all others for an image to be done.
         stop: whether an image is left alone once it is done (the smaller change); False: all steps are taken.
+        blur: standard deviation, in pixels, of a Gaussian blur, cut at 3 deviations, that the attack must stand: the
+            gradient is of the image's and the blurred image's cross-entropies together, and both must be the target's
+            (expectation over transformations; Athalye et al., ICML 2018). 1 is what `denoised_valid` asks for. 0: none.
         image_range: least and largest value of the images, numbers or one a channel.
         batch_size: images at a time.
 
@@ -100,51 +112,55 @@ def pgd(
     step = 2.5 * radius / steps if step is None else step
     if not step > 0:
         raise ValueError(f"step must be positive, got {step}.")
+    if not 0 <= blur < math.inf:
+        raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {blur}.")
     low, span = as_bounds(image_range, images)
-    shares = (images - low) / span
-    if shares.numel() and not -_BEYOND <= float(shares.min()) <= float(shares.max()) <= 1 + _BEYOND:
-        raise ValueError(
-            f"the images reach from {float(images.min()):.3g} to {float(images.max()):.3g}, beyond image_range "
-            f"({low.flatten().tolist()} to {(low + span).flatten().tolist()}): give the range that the model takes."
-        )
+    as_shares(images, low, span)
     found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     attack = Attack(images.clone(), found, found.long(), found.double())
     rows = rows_per_batch(images, batch_size, None)
     for start in range(0, len(images), rows):
         own = slice(start, start + rows)
-        _descend(classifier, attack, own, wanted[own], low, span, norm, radius, step, steps, margin, stop)
+        _descend(
+            classifier, attack, own, wanted[own], low, span, _Way(norm, radius, step, steps, margin, stop, float(blur))
+        )
     return attack
 
 
+class _Way(NamedTuple):
+    """How an attack goes: arguments of `pgd`."""
+
+    norm: str
+    radius: float
+    step: float
+    steps: int
+    margin: float
+    stop: bool
+    blur: float
+
+
 def _descend(
-    classifier: Classifier,
-    attack: Attack,
-    own: slice,
-    wanted: Tensor,
-    low: Tensor,
-    span: Tensor,
-    norm: str,
-    radius: float,
-    step: float,
-    steps: int,
-    margin: float,
-    stop: bool,
+    classifier: Classifier, attack: Attack, own: slice, wanted: Tensor, low: Tensor, span: Tensor, way: _Way
 ) -> None:
     """Attack the rows `own`, in place."""
+    norm, radius, step, steps, margin, stop, blur = way
+    views = 2 if blur else 1
     image = attack.images[own].clone()
     start = (image - low) / span
     moved, rows = start.clone(), torch.arange(len(image), device=image.device)
     for number in range(steps + 1):
         with classifier.frozen():
             image.requires_grad_()
-            _, logits = classifier.encode(image)
-            checked = checked_logits(logits, len(image), wanted[rows])
-            loss = F.cross_entropy(checked, wanted[rows], reduction="sum")
+            seen = torch.cat([image, gaussian_blur(image, blur)]) if blur else image
+            _, logits = classifier.encode(seen)
+            asked = wanted[rows].repeat(views)
+            checked = checked_logits(logits, len(seen), asked)
+            loss = F.cross_entropy(checked, asked, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, image)
         said = checked.detach()
-        others = said.scatter(1, wanted[rows, None], -math.inf).amax(1)
-        gap = said.gather(1, wanted[rows, None])[:, 0] - others
-        won = said.argmax(1) == wanted[rows]
+        others = said.scatter(1, asked[:, None], -math.inf).amax(1)
+        gap = (said.gather(1, asked[:, None])[:, 0] - others).view(views, -1).amin(0)
+        won = (said.argmax(1) == asked).view(views, -1).all(0)
         at = rows + own.start
         attack.images[at], attack.found[at] = image.detach(), won
         attack.steps[at], attack.margin[at] = number, gap

@@ -44,8 +44,11 @@ def save_tensors(path: str | os.PathLike[str], values: Mapping[str, torch.Tensor
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     header = json.dumps({**meta, "sha256": _digest(tensors)}, sort_keys=True)
-    partial.write_bytes(save(tensors, metadata={_KEY: header}))
-    partial.replace(file)
+    try:
+        partial.write_bytes(save(tensors, metadata={_KEY: header}))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

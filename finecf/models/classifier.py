@@ -166,8 +166,17 @@ class Classifier:
         return index
 
     def class_name(self, index: int) -> str:
-        """The class's name, else its index as text."""
-        return str(int(index)) if self.class_names is None else self.class_names[self.class_index(int(index))]
+        """The class's name, else its index as text.
+
+        Raises:
+            ValueError: there are names, and none for this class.
+        """
+        if self.class_names is None:
+            return str(int(index))
+        number = self.class_index(int(index))
+        if number >= len(self.class_names):
+            raise ValueError(f"{len(self.class_names)} class_names were given, and class {number} has none of them")
+        return self.class_names[number]
 
     # Images
 
@@ -247,7 +256,16 @@ class Classifier:
         """Eval mode and parameters that take no gradient, with gradients on: for losses through the model.
 
         Inside it `encode` and `head` give tensors with their graph. Modes and `requires_grad` are put back.
+
+        Raises:
+            ValueError: the model was made in inference mode, and no gradient passes it.
         """
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise ValueError(
+                "this needs the model's gradients, and its weights were made in inference mode, which gives none: "
+                "build and load the model outside torch.inference_mode() (MirrorCFE draws without gradients with "
+                "corrections=0)"
+            )
         with self.eval_mode(), input_gradients(self.model):
             yield
 

@@ -345,6 +345,7 @@ def save_decoder(path: str | os.PathLike[str], decoder: MirrorDecoder, meta: Map
     save_tensors(path, weights, {**meta, "kind": KIND, "shape": decoder.shape, "settings": decoder.settings})
 
 
+@torch.inference_mode(False)  # the user's own must not make weights that no gradient passes
 def load_decoder(path: str | os.PathLike[str]) -> tuple[MirrorDecoder, dict[str, Any]]:
     """A decoder in eval mode, without gradients, and its description.
 
@@ -355,7 +356,8 @@ def load_decoder(path: str | os.PathLike[str]) -> tuple[MirrorDecoder, dict[str,
     weights, meta = load_checkpoint(path)
     if meta.get("kind") != KIND:
         raise ValueError(f"{path} holds no {KIND}; expected a file that `finecf train mirror` or MirrorCFE.save wrote")
-    decoder = MirrorDecoder(Shape(*meta["shape"]), **meta["settings"])
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and replaced at once
+        decoder = MirrorDecoder(Shape(*meta["shape"]), **meta["settings"])
     # The range is that of the settings: float16 would round it.
     decoder.load_state_dict({**weights, "low": decoder.low, "high": decoder.high})
     return decoder.eval().requires_grad_(False), meta

@@ -51,7 +51,7 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     """Separable Gaussian over the last two axes of [B,C,H,W], cut at 3 sigma, borders replicated."""
     radius = max(1, round(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)  # a very small sigma squared would be 0
     kernel = kernel / kernel.sum()
     batch, channels, height, width = images.shape
     flat = images.reshape(batch * channels, 1, height, width)

@@ -43,8 +43,12 @@ MEANINGS = {
     "gap": "how far apart the probabilities of the drawn images and of their features are, on average along k; small "
     "is good",
     "latent error": "the same for the features themselves: their mean absolute difference; small is good",
+    "at k = 0": "what the image is taken for when it is only redrawn, with nothing changed: wanted is the other class "
+    "already, another a third one; the row says little then",
+    "trained": "whether the decoder was trained on this pair of classes",
     "already at k = 0": "images that the network takes for the class of the second column as soon as they are redrawn, "
     "before anything is changed: the decoder's fault",
+    "another class at k = 0": "images that are taken for a third class as soon as they are redrawn",
     "untrained pairs": "images whose two classes the decoder was not trained on: what it draws may be of neither",
     "forwards": "how many images, most of them with regions hidden, went through the network; a gradient counts as one",
 }

@@ -94,6 +94,8 @@ def _mirror_row(result: MirrorExplanation) -> dict[str, str]:
         "first k": "none" if result.first_k is None else f"{result.first_k:.2f}",
         "k*": "none" if result.latent_first_k is None else f"{result.latent_first_k:.2f}",
         "k = 1": "yes" if result.mirror_valid else "no",
+        "at k = 0": "wanted" if result.taken_at_once else "another" if result.lost_at_once else "",
+        "trained": "no" if _untrained(result) else "yes",
         "change": f"{float(result.maps['change'].mean()):.3f}",
         "gap": f"{result.confidence_gap:.2f}",
         "latent error": f"{float(result.latent_error.mean()):.2f}",
@@ -106,7 +108,8 @@ def _mirror_totals(results: Sequence[MirrorExplanation]) -> dict[str, str]:
     if first:
         reached += f"; in these at k = {fmean(first):.2f} on average"
     at_once = sum(result.taken_at_once for result in results)
-    untrained = sum(any("not trained on this pair" in note for note in result.notes) for result in results)
+    lost = sum(result.lost_at_once for result in results)
+    untrained = sum(map(_untrained, results))
     redrawn = fmean(float(result.maps["difference"].mean()) for result in results)
     totals = {
         "first k": reached,
@@ -119,9 +122,15 @@ def _mirror_totals(results: Sequence[MirrorExplanation]) -> dict[str, str]:
     }
     if at_once:
         totals["already at k = 0"] = f"{at_once} of {len(results)}"
+    if lost:
+        totals["another class at k = 0"] = f"{lost} of {len(results)}"
     if untrained:
         totals["untrained pairs"] = f"{untrained} of {len(results)}"
     return totals
+
+
+def _untrained(result: MirrorExplanation) -> bool:
+    return any("not trained on this pair" in note for note in result.notes)
 
 
 def _mirror_light(result: MirrorExplanation) -> MirrorExplanation:
@@ -176,9 +185,9 @@ METHODS: Final[dict[type[Explanation], Method]] = {
         "can be relied on.",
     ),
     MirrorExplanation: Method(
-        columns=("first k", "k*", "k = 1", "change", "parts at", "gap", "latent error"),
+        columns=("first k", "k*", "k = 1", "change", "parts at", "gap", "latent error", "at k = 0", "trained"),
         grade="parts at",
-        secondary=("latent error", "k*", "gap"),
+        secondary=("trained", "at k = 0", "latent error", "k*", "gap"),
         row=_mirror_row,
         totals=_mirror_totals,
         graded=("parts at", "of the image on average; 50% is chance"),

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 SHOWN_PLACES: Final = 11
 """So many images of the path are shown, and the first counterfactual one among them."""
+_FAINT: Final = 0.05
+"""Changes that are all smaller than this, as a share of the image's range, do not shine."""
 MARGIN: Final = 0.24
 """Inches left free at both sides."""
 BETWEEN: Final = 0.07
@@ -105,8 +107,10 @@ def draw_mirror(explanation: MirrorExplanation, truth: Truth | None) -> Figure:
 
 def origin_name(explanation: MirrorExplanation) -> str:
     """The name of the class that the path leads away from, as words."""
-    known = explanation.origin == explanation.predicted
-    return plain(explanation.predicted_name) if known else f"class {explanation.origin}"
+    if explanation.origin == explanation.predicted:
+        return plain(explanation.predicted_name)
+    name = explanation.origin_name
+    return f"class {explanation.origin}" if name is None else plain(name)
 
 
 def _headline(figure: Figure, explanation: MirrorExplanation) -> None:
@@ -115,6 +119,11 @@ def _headline(figure: Figure, explanation: MirrorExplanation) -> None:
         answer = (
             f"Redrawn at k = 0, with nothing changed, it is already taken for {asked}: what the "
             "decoder cannot draw decides."
+        )
+    elif explanation.lost_at_once:
+        answer = (
+            f"Redrawn at k = 0, with nothing changed, it is taken for {plain(str(explanation.redrawn_name))}: the "
+            "decoder does not draw what the model sees."
         )
     elif explanation.first_k is not None:
         answer = (
@@ -213,9 +222,10 @@ def _redrawn(axes: Axes, explanation: MirrorExplanation, image: Tensor) -> None:
 
 def _change(axes: Axes, explanation: MirrorExplanation, picture: NDArray[np.float32], truth: Truth | None) -> None:
     values = explanation.maps["change"].detach().float().cpu().numpy()
-    largest = float(values.max())
+    span = float(explanation.prepared.max() - explanation.prepared.min())
+    largest = max(float(values.max()), _FAINT * span)
     show(axes, picture.mean(2, keepdims=True).repeat(3, 2) * 0.75)
-    if largest > 0:
+    if values.any():
         # Weak values stay transparent, so that the image shows where nothing happens.
         strength = values / largest
         axes.imshow(
@@ -226,7 +236,7 @@ def _change(axes: Axes, explanation: MirrorExplanation, picture: NDArray[np.floa
     if truth is not None:
         axes.contour(truth.mask.cpu().numpy(), levels=[0.5], colors=["white"], linewidths=1, linestyles="dashed")
     write_title(axes, "What changed", "brighter: more, from k = 0 on")
-    write_caption(axes, f"mean {values.mean():.3f}, largest {largest:.2f}", QUIET, line=1)
+    write_caption(axes, f"mean {values.mean():.3f}, largest {values.max():.3f}", QUIET, line=1)
 
 
 def _confidences(axes: Axes, explanation: MirrorExplanation) -> None:

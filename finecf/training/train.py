@@ -175,7 +175,9 @@ def _fit(
             x = _augmented(pictures, generator) if recipe.augment else _as_float(pictures)
             if recipe.blur:
                 x = _softened(x, recipe.blur, generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            half = recipe.precision == "bfloat16"
+            # The cache would outlive a step inside a user's autocast.
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
                 logits = net(x)
             loss = F.cross_entropy(logits.float(), labels[chosen])
             optimiser.zero_grad()

@@ -651,8 +651,8 @@ def test_the_state_of_another_training_is_refused(options: dict[str, Any], tmp_p
     kept = (tmp_path / "d.safetensors.resume").read_bytes()
     with pytest.raises(
         ValueError,
-        match=r"d\.safetensors\.resume is the state of a training with other settings, data or classifier; delete it, "
-        r"or pass resume=False",
+        match=r"d\.safetensors\.resume is the state of a training with other settings, data or classifier \(.* there, "
+        r".* here\); delete it, or pass resume=False",
     ):
         fitted(classifier, checkpoint=out, **options)
     assert (tmp_path / "d.safetensors.resume").read_bytes() == kept

@@ -189,6 +189,13 @@ def test_no_images_at_all():
         ({"counterfactuals": [[0.0]]}, TypeError, "counterfactuals must be a tensor, got list"),
         ({"counterfactuals": torch.full((2, 1, 4, 4), math.nan)}, ValueError, "counterfactuals hold NaN or infinite"),
         ({"images": torch.full((2, 1, 4, 4), math.inf)}, ValueError, "images hold NaN or infinite"),
+        ({"images": torch.full((2, 1, 4, 4), 255.0)}, ValueError, r"the images reach from 255 to 255, beyond image_ra"),
+        (
+            {"counterfactuals": torch.full((2, 1, 4, 4), -1.0)},
+            ValueError,
+            "counterfactuals reach from -1 to -1, beyond",
+        ),
+        ({"image_range": (0.5, 1.0)}, ValueError, "beyond image_range"),
         ({"images": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)}, ValueError, r"floating \[B,C,H,W\]"),
         ({"target": 2}, ValueError, r"target classes must lie in 0\.\.1, got 2\.\.2"),
         ({"target": -1}, ValueError, r"target classes must lie in 0\.\.1, got -1"),

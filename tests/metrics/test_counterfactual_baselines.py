@@ -105,6 +105,33 @@ def test_steps_of_pgd_by_hand():
         assert attack.found.tolist() == [dot(attack.images[0, 0]) < 0]
 
 
+def test_an_attack_that_must_stand_a_blur_does(reader, shown):
+    x, target = shown[0][:40], shown[1][:40]
+    plain, standing = (pgd(reader, x, target, blur=blur, batch_size=16) for blur in (0.0, 1.0))
+    kept = [counterfactual_scores(reader, x, each.images, target).means() for each in (plain, standing)]
+    assert standing.found.all()
+    assert kept[1]["valid"] == kept[1]["denoised_valid"] == 1
+    assert kept[0]["denoised_valid"] < 0.5
+    assert kept[1]["l1"] > kept[0]["l1"]
+    blurred = reader.logits(gaussian_blur(standing.images, 1.0)).double()
+    gaps = [
+        logits.gather(1, target[:, None])[:, 0] - logits.scatter(1, target[:, None], -math.inf).amax(1)
+        for logits in (blurred, reader.logits(standing.images).double())
+    ]
+    torch.testing.assert_close(standing.margin, torch.minimum(*gaps), rtol=0, atol=1e-4)
+
+
+def test_the_step_of_an_attack_that_must_stand_a_blur_by_hand():
+    """Of two logits that are each other's opposite the cross-entropy falls along the weights, by p of the other class;
+    the blurred image's along the weights blurred, as its borders are repeated."""
+    weight, x = torch.tensor([1.0, -2.0, 0.5, 4.0]).view(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)
+    attack = pgd(dotted(*weight.flatten().tolist()), x, 1, norm="l2", radius=1.0, step=0.1, steps=1, blur=0.5)
+    pixels = x.clone().requires_grad_()
+    both = sum((shown * weight).sum() for shown in (pixels, gaussian_blur(pixels, 0.5)))
+    (direction,) = torch.autograd.grad(both, pixels)  # a constant image is its own blur: both weigh the same
+    torch.testing.assert_close(attack.images, x - 0.1 * direction / direction.norm())
+
+
 def test_an_image_that_is_of_the_target_stays_as_it_is():
     classifier, x = dotted(1.0, 1.0, 1.0, 1.0), torch.rand(3, 1, 2, 2)
     attack = pgd(classifier, x, 0)
@@ -176,6 +203,8 @@ def test_pgd_of_no_images(reader):
         ({"margin": -1.0}, ValueError, "margin >= 0"),
         ({"margin": math.nan}, ValueError, "margin >= 0"),
         ({"step": -0.1}, ValueError, "step must be positive"),
+        ({"blur": -1.0}, ValueError, "blur is a standard deviation in pixels, at least 0; got -1.0"),
+        ({"blur": math.inf}, ValueError, "blur is a standard deviation"),
         ({"target": 10}, ValueError, r"target classes must lie in 0\.\.9, got 10"),
         ({"target": torch.tensor([1, 2, 3])}, ValueError, "with B = 2"),
         ({"images": torch.full((2, 3, 32, 32), math.nan)}, ValueError, "images hold NaN"),

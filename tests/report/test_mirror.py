@@ -11,6 +11,7 @@ import pytest
 import torch
 from explainers.nets import CLASSES, SIZE, images, network
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from PIL import Image
 
 import finecf
@@ -61,14 +62,14 @@ def found(k: float = 0.56, **fields: Any) -> finecf.MirrorExplanation:
         first_image=torch.full_like(result.prepared, k),
         first_k=k,
         mirror_valid=True,
+        redrawn_as=result.origin,
+        redrawn_name=result.predicted_name,
         latent_first_k=0.5,
         probabilities_after=result.probabilities_after._replace(target=0.61),
     )
 
 
 def words(result: finecf.MirrorExplanation, truth: Truth | None = None) -> list[str]:
-    from matplotlib.text import Text
-
     return [text.get_text() for text in plot(result, truth=truth).findobj(Text) if text.get_text()]
 
 
@@ -90,7 +91,7 @@ def test_a_figure_says_what_was_found(tmp_path: Path) -> None:
     assert "features: 0.50" in said
     assert "image: 0.56" in said
     assert "dashed: of the features it is drawn from" in said
-    assert "mean 0.004, largest 0.50" in said
+    assert "mean 0.004, largest 0.500" in said
     assert "here they are 0.0% apart" in " ".join(text.split())
     assert "one.png" in text
     result.plot(tmp_path / "figure.png")
@@ -100,8 +101,16 @@ def test_a_figure_says_what_was_found(tmp_path: Path) -> None:
 def test_a_figure_says_what_was_not_found() -> None:
     result = found()
     asked = result.target_name
-    said = " ".join(words(replace(result, image_logits=-result.image_logits)))
-    assert f"Redrawn at k = 0, with nothing changed, it is already taken for {asked}: " in said
+    at_once = replace(result, redrawn_as=result.target, redrawn_name=asked)
+    of_earlier_files = replace(result, redrawn_as=None, image_logits=-result.image_logits)
+    for each in (at_once, of_earlier_files):
+        said = " ".join(words(each))
+        assert f"Redrawn at k = 0, with nothing changed, it is already taken for {asked}: " in said
+    third = next(index for index in range(CLASSES) if index not in (result.origin, result.target))
+    lost = replace(result, redrawn_as=third, redrawn_name="kiwi")
+    assert "Redrawn at k = 0, with nothing changed, it is taken for kiwi: the decoder does" in " ".join(words(lost))
+    assert "  redrawn at k = 0, with nothing changed, it is taken for kiwi: " in lost.summary()
+    assert "nothing changed" not in result.summary()
     none = torch.zeros_like(result.image_logits)
     none[:, result.origin] = 5
     never = replace(result, first_image=None, first_k=None, mirror_valid=False, image_logits=none)
@@ -378,11 +387,28 @@ def test_results_that_are_written_at_once_are_kept_without_their_images(tmp_path
 def test_totals_say_what_the_decoder_is_to_blame_for() -> None:
     run = mirrored()
     result = found(notes=["the decoder was not trained on this pair"])
-    run.results = [result, found(), replace(found(), image_logits=-result.image_logits, first_k=None, first_image=None)]
+    third = next(index for index in range(CLASSES) if index not in (result.origin, result.target))
+    taken = replace(found(), redrawn_as=result.target, first_k=None, first_image=None)
+    run.results = [result, found(), taken, replace(found(), redrawn_as=third)]
     totals = run.method.totals(run.results)
-    assert totals["first k"] == "2 of 3; in these at k = 0.56 on average"
-    assert totals["already at k = 0"] == totals["untrained pairs"] == "1 of 3"
-    assert not {"already at k = 0", "untrained pairs"} & set(run.method.totals([found()]))
+    assert totals["first k"] == "3 of 4; in these at k = 0.56 on average"
+    blamed = ("already at k = 0", "another class at k = 0", "untrained pairs")
+    assert [totals[name] for name in blamed] == ["1 of 4"] * 3
+    assert not {*blamed} & set(run.method.totals([found()]))
+    rows = [run.method.row(each) for each in run.results]
+    assert [row["at k = 0"] for row in rows] == ["", "", "wanted", "another"]
+    assert [row["trained"] for row in rows] == ["no", "yes", "yes", "yes"]
+
+
+def test_a_change_that_cannot_be_seen_does_not_shine() -> None:
+    result, drawn = found(), {}
+    for size in (0.5, 0.001):
+        change = result.maps["change"] * (size / 0.5)
+        figure = plot(replace(result, maps=Maps({"change": change, "difference": change})))
+        (axes,) = [each for each in figure.axes if "What changed" in [text.get_text() for text in each.findobj(Text)]]
+        drawn[size] = float(axes.images[-1].get_array().max())
+    assert drawn[0.5] == 1
+    assert drawn[0.001] < 0.05
 
 
 @pytest.mark.filterwarnings("error")
