@@ -119,6 +119,13 @@ def test_an_attack_that_must_stand_a_blur_does(reader, shown):
         for logits in (blurred, reader.logits(standing.images).double())
     ]
     torch.testing.assert_close(standing.margin, torch.minimum(*gaps), rtol=0, atol=1e-4)
+    # Of a small ball some reach the target sharp and not blurred: these are not found.
+    small = pgd(reader, x, target, blur=1.0, radius=0.12)
+    sharp, soft = (
+        reader.logits(images).argmax(1) == target for images in (small.images, gaussian_blur(small.images, 1.0))
+    )
+    assert torch.equal(small.found, sharp & soft)
+    assert (sharp & ~soft).any()
 
 
 def test_the_step_of_an_attack_that_must_stand_a_blur_by_hand():
