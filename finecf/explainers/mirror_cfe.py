@@ -1057,10 +1057,13 @@ def _training_bar(progress: bool | None, trainer: fitting.Trainer) -> Iterator[C
         return
     from tqdm import tqdm
 
-    with tqdm(total=trainer.recipe.steps, initial=trainer.step, desc="fitting", unit="step") as bar:
+    # With all losses it is still a bar in 80 columns.
+    form = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {remaining}{postfix}"
+    with tqdm(total=trainer.recipe.steps, initial=trainer.step, desc="fitting", bar_format=form) as bar:
 
         def advance(losses: dict[str, float]) -> None:
-            bar.set_postfix({name[:5]: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+            named = (f"{name[:3]} {value:.2f}".replace(" 0.", " .") for name, value in losses.items())
+            bar.set_postfix_str(" ".join(named), refresh=False)
             bar.update(1)
 
         yield advance

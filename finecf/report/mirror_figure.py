@@ -264,6 +264,16 @@ def _confidences(axes: Axes, explanation: MirrorExplanation) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1, labelspacing=0.2)
 
 
+def _apart(explanation: MirrorExplanation) -> str:
+    """How far apart the two classes' scores were, which is what the swap is to be measured by; "" where unknown."""
+    apart = (explanation.latent_logits[:, explanation.origin] - explanation.latent_logits[:, explanation.target]).abs()
+    away = (1 - 2 * explanation.k).abs()  # along k their distance falls to 0 at 1/2, and grows again
+    place = int(away.argmax())
+    if float(away[place]) == 0:
+        return ""
+    return f" (the two classes were {float(apart[place] / away[place]):.1g} apart)"
+
+
 def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
     """What stands behind the figure, as lines of equal length."""
     facts = [
@@ -272,7 +282,7 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
         "Where solid and dashed lines lie together the images say what the features do: here they are "
         f"{explanation.confidence_gap:.1%} apart on average for {plain(explanation.target_name)}.",
         f"The features are mirrored by {WAYS[explanation.reflection]}; at k = 1 the scores are within "
-        f"{explanation.residual:.1g} of the swapped ones.",
+        f"{explanation.residual:.1g} of the swapped ones{_apart(explanation)}.",
     ]
     if explanation.corrections:
         times = "once" if explanation.corrections == 1 else f"up to {explanation.corrections} times"

@@ -118,7 +118,7 @@ class Run:
         reports[0].parts = reports[1:]
         path = reports[0].write(out / "report.html").resolve()
         rich.print(f"Report: {escape(str(path))}", flush=True)
-        if self.figures:
+        if self.figures and self.results:
             runs = [(path.parent, self), *((path.parent / name, run) for name, run in more)]
             where = [f"{folder}{os.sep}*.{kind}" for folder, run in runs for kind in ("png", *run._moving)]
             rich.print(f"Figures: {', '.join(map(escape, where))}")
@@ -177,6 +177,8 @@ class Run:
 
     def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]], secondary: Sequence[str] = ()) -> None:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
+        if not rows:
+            console.print(f"{escape(self.title)}: {'no mistakes' if self.names == MISTAKES else 'no images'}")
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Where the terminal is narrow, class names may be cut, and the image's name if it is long.
         cells = {column: [column, *(row[i] for row in rows)] for i, column in enumerate(columns)}
@@ -205,8 +207,9 @@ class Run:
         for row in rows:
             pairs = zip(columns, row, strict=True)
             table.add_row(*(escape(value) for column, value in pairs if column not in left_out))
-        console.print(table)
-        if left_out:
+        if rows:
+            console.print(table)
+        if left_out and rows:
             console.print(f"  (and in the report: {', '.join(column for column in columns if column in left_out)})")
         for name, value in self.totals.items():
             console.print(f"  {name}: [bold]{escape(value)}[/]", highlight=False)

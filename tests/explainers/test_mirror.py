@@ -894,7 +894,12 @@ def test_a_model_without_average_pooling_is_not_trained_for() -> None:
 
 def test_the_progress_bar_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
     mirror, _ = fitted(progress=True, pairs=None)
-    assert "6/6" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "6/6" in said
+    last = said.split("\r")[-1].rstrip()
+    assert len(last) <= 80
+    for name in LOSSES:
+        assert f" {name[:3]} " in last
     x = data(3)
     mirror.explain(x, others(mirror.classifier, x), steps=2)
     assert "3/3" in capsys.readouterr().err

@@ -93,6 +93,7 @@ def test_a_figure_says_what_was_found(tmp_path: Path) -> None:
     assert "dashed: of the features it is drawn from" in said
     assert "mean 0.004, largest 0.500" in said
     assert "here they are 0.0% apart" in " ".join(text.split())
+    assert "of the swapped ones (the two classes were 8 apart)." in " ".join(text.split())
     assert "one.png" in text
     result.plot(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
