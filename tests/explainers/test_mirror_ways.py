@@ -36,6 +36,21 @@ def test_compiled_nets_learn_what_others_do(monkeypatch: pytest.MonkeyPatch) -> 
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("cpu", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_precision_learns_what_single_does(device: str, compiled: bool) -> None:
+    """Compiled by what a user has: Inductor."""
+    net, images = wrapped(GapNet().to(device)), data().to(device)
+    _, plain = fitted(net, data=images, steps=2)
+    _, half = fitted(net, data=images, steps=2, precision="bfloat16", compile=compiled)
+    assert half[0].keys() == plain[0].keys()
+    for name, value in plain[0].items():  # before the first update
+        assert half[0][name] == pytest.approx(value, rel=0.1, abs=0.02)
+    assert all(math.isfinite(value) for value in half[1].values())
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_users_autocast_changes_nothing(precision: str) -> None:
     classifier = wrapped()
