@@ -853,7 +853,7 @@ def _mirror(
         warnings.simplefilter("always")
         explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)
     _check_order(explainer)
-    for warning in said:
+    for warning in (each for each in said if issubclass(each.category, UserWarning)):
         Console(stderr=True, highlight=False).print(f"[bold]finecf:[/] {escape(str(warning.message))}", soft_wrap=True)
     assert explainer.decoder is not None
     _, height, width = explainer.decoder.shape.image

@@ -286,14 +286,19 @@ class MirrorCFE:
         notes = []
         gap = (reflected.logits[rows, own] - reflected.logits[rows, wanted]).abs()
         # Along two classes the others move along anyway.
-        if self.reflection != "two_class" and len(own) and float(residual.max()) > _MISSED * float(gap.max()):
-            why = "the search did not arrive"
+        if (
+            self.reflection != "two_class"
+            and len(own)
+            and float(residual.max()) > _MISSED * max(float(gap.max()), 1e-6)
+        ):
+            why, advice = "the search did not arrive", ""
             if head.weight is not None and head.rank < classes:
                 why = f"the head's weight has rank {head.rank} for {classes} classes"
+                advice = '. reflection="two_class" crosses the boundary of any two classes'
             notes.append(
                 f"{why}: the logits cannot all be kept, and at k = 1 they miss the swapped ones by up to "
-                f"{float(residual.max()):.2g}; {int(star.isnan().sum())} of {len(own)} latents become no "
-                'counterfactual. reflection="two_class" crosses the boundary of any two classes'
+                f"{float(residual.max()):.2g}; {int(star.isnan().sum())} of {len(own)} latents become no counterfactual"
+                f"{advice}"
             )
         return LatentPath(k, own, wanted, moved.to(dtype), logits, star, residual, self.reflection, notes)
 

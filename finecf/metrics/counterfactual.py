@@ -19,7 +19,7 @@ from finecf.metrics._inputs import (
     as_counterfactuals,
     as_images,
     as_maps,
-    as_shares,
+    check_range,
     evaluating,
     logits_of,
     rows_per_batch,
@@ -110,8 +110,8 @@ def counterfactual_scores(
     target = as_classes(target, batch, images.device)
     origin = None if source is None else as_classes(source, batch, images.device, "source")
     low, span = as_bounds(image_range, images)
-    as_shares(images, low, span)
-    as_shares(counterfactuals[has], low, span, "counterfactuals")
+    check_range(images, low, span)
+    check_range(counterfactuals[has], low, span, "counterfactuals")
     rows = rows_per_batch(images, batch_size, None)
     if latents is not None:
         if not hasattr(classifier, "features"):

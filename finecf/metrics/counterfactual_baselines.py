@@ -23,7 +23,7 @@ from finecf.metrics._inputs import (
     as_bounds,
     as_classes,
     as_images,
-    as_shares,
+    check_range,
     checked_logits,
     rows_per_batch,
 )
@@ -115,7 +115,7 @@ def pgd(
     if not 0 <= blur < math.inf:
         raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {blur}.")
     low, span = as_bounds(image_range, images)
-    as_shares(images, low, span)
+    check_range(images, low, span)
     found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     attack = Attack(images.clone(), found, found.long(), found.double())
     rows = rows_per_batch(images, batch_size, None)
