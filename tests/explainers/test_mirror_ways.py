@@ -376,11 +376,6 @@ def test_a_state_of_other_settings_names_them(tmp_path: Path) -> None:
         fitted(checkpoint=out, steps=9, seed=4)
 
 
-def test_a_pair_of_one_class_is_named_as_it_was() -> None:
-    with pytest.raises(ValueError, match=r"the pair \(class 1, class 1\) holds one class twice"):
-        fitted(pairs=[("class 1", 1)])
-
-
 def test_images_of_another_range_get_the_advice_for_explaining() -> None:
     mirror, _ = fitted()
     with pytest.raises(ValueError, match=r"image_range \(0 to 1\): give images scaled as those it was trained on"):
