@@ -10,9 +10,9 @@ until source and target have swapped their logits' distance. "denoised": after a
 Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD and real
 images, which have none, that of Mirror-CFE at k = 1. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
 the largest change of a pixel; "PGD blur" is done only when the blurred image is the target as well. "nearest real
-image": of those among which the interpolation looks for its end, the one
-of the target class that is nearest in pixels; its FID compares real images with a set that holds them. The
-interpolation is not corrected; --corrections 0 draws Mirror-CFE's images once.
+image": of those among which the interpolation looks for its end, the one of the target class that is nearest in pixels;
+its FID compares real images with a set that holds them. The interpolation is not corrected; --corrections 0 draws
+Mirror-CFE's images once.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
 part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
@@ -35,6 +35,7 @@ from torch import Tensor
 
 import finecf
 from finecf.data import SyntheticBirds
+from finecf.data.birds import BirdItem
 from finecf.explainers import MirrorExplanation
 from finecf.explainers._mirror_losses import distance_ratio, triangulation
 from finecf.explainers.mirror_cfe import CORRECTIONS, REFLECTIONS
@@ -50,6 +51,8 @@ from finecf.metrics import (
     pgd,
     redraw_distances,
 )
+from finecf.metrics.bootstrap import Interval
+from finecf.metrics.redraw import RedrawScores
 from finecf.metrics.tables import Table
 from finecf.models import Classifier
 from finecf.regions.baseline import gaussian_blur
@@ -181,24 +184,22 @@ def strayed(
     x: Tensor,
     target: Tensor,
     references: Tensor,
-    labels: Tensor,
+    encoded: Tensor,
+    members: dict[int, Tensor],
 ) -> Tensor:
-    """The triangulation loss [B] of the strips behind k = 0, against training images drawn as in training: one of the
-    target from k = 1/2 on, before it one of the source.
+    """The triangulation loss [B] of the strips behind k = 0, against references (with their latents, and their numbers
+    for every class) drawn as in training: one of the target from k = 1/2 on, before it one of the source.
     """
     k = found[0].k
     path = mirror.latent_path(x, target, steps=k)
     source = path.logits[:, 0].argmax(1)
-    read = [mirror.classifier.features_and_logits(part) for part in references.split(64)]
-    encoded = torch.cat([maps.mean((2, 3)) for maps, _ in read])
-    known = torch.cat([logits.argmax(1) for _, logits in read]) == labels
     draws = torch.Generator().manual_seed(0)
     values = []
     for row, each in enumerate(found):
         ends = []
         for label in (source[row], target[row]):
-            members = ((labels == label) & known).nonzero()[:, 0]
-            ends.append(int(members[int(torch.randint(len(members), (), generator=draws))]))
+            own = members[int(label)]
+            ends.append(int(own[int(torch.randint(len(own), (), generator=draws))]))
         drawn = [number for number, place in enumerate(k) if place > 0]
         numbers = torch.tensor([ends[int(k[number] >= 0.5)] for number in drawn])
         images, latents = each.images[drawn], path.latents[row, drawn]
@@ -228,8 +229,10 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         name: latent_interpolation(mirror, x, target, references, 2, labels=labels, space=space)
         for name, space in (("interpolation", "latent"), ("map interpolation", "map"))
     }
-    known = torch.cat([classifier.features(part).mean((2, 3)) for part in references.split(64)])
-    toward = known[lines["interpolation"].reference].double()
+    read = [classifier.features_and_logits(part) for part in references.split(64)]
+    encoded = torch.cat([maps.mean((2, 3)) for maps, _ in read])
+    recognised = torch.cat([said.argmax(1) for _, said in read]) == labels
+    toward = encoded[lines["interpolation"].reference].double()
     euclidean = pgd(classifier, x, target, norm="l2")
     standing = pgd(classifier, x, target, blur=1.0)
     real = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
@@ -273,6 +276,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         blurred.rows[name] = {f"{sigma:g} pixels": kept(classifier, images, wanted, sigma) for sigma in BLURS}
     blurred.columns = list(blurred.rows["Mirror-CFE, k = 1"])
     tables = [table, beside(on, rows, scores), faithful, blurred]
+    members = {int(label): ((labels == label) & recognised).nonzero()[:, 0] for label in labels.unique()}
     one, last = scores["Mirror-CFE, first"], scores["Mirror-CFE, k = 1"]
     summary = {
         "first found": first.found.double(),
@@ -280,7 +284,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "denoised valid, k = 1": last.denoised_valid,
         "L1, first": one.l1,
         **along,
-        "triangulation": strayed(mirror, found, x, target, references, labels),
+        "triangulation": strayed(mirror, found, x, target, references, encoded, members),
     }
     if on == "birds":
         drawn = {
@@ -293,6 +297,37 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     return tables, summary
 
 
+def redrawn_birds(
+    numbers: Tensor, target: Tensor, options: argparse.Namespace
+) -> tuple[SyntheticBirds, list[BirdItem], Tensor]:
+    """The set, the birds of these numbers, and what the generator draws of them for the target: float [B,3,H,W]."""
+    birds = SyntheticBirds(split_of("birds", options), n=options.images)
+    items = [birds[int(number)] for number in numbers]
+    true = torch.stack([birds.redraw(item, int(label)).tensor for item, label in zip(items, target, strict=True)])
+    return birds, items, true
+
+
+def nearer(scores: RedrawScores, seen: Tensor) -> dict[str, Interval]:
+    """How much further from the redrawn bird than the image itself, inside and outside the parts that differ."""
+    return {
+        "inside": paired_bootstrap(scores.inside[seen], scores.source_inside[seen]),
+        "outside": paired_bootstrap(scores.outside[seen], scores.source_outside[seen]),
+    }
+
+
+def birds_options(description: str | None, steps: int, **more: int) -> argparse.Namespace:
+    """Options of a benchmark on birds alone, with the threads set; `more`: further numbers with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"steps": steps, **more, "images": 120, "threads": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--validation", action="store_true")
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    options.data = None
+    torch.set_num_threads(options.threads)
+    return options
+
+
 def redrawn(
     classifier: Classifier,
     numbers: Tensor,
@@ -303,9 +338,7 @@ def redrawn(
     summary: dict[str, Tensor],
 ) -> Table:
     """How far the images are from the ground-truth counterfactual, which the generator draws."""
-    birds = SyntheticBirds(split_of("birds", options), n=options.images)
-    items = [birds[int(number)] for number in numbers]
-    true = torch.stack([birds.redraw(item, int(label)).tensor for item, label in zip(items, target, strict=True)])
+    birds, items, true = redrawn_birds(numbers, target, options)
     differing = float(redraw_distances(birds, items, x, true, target).differing.nanmean())
     recognised = torch.cat([classifier.logits(part).argmax(1) for part in true.split(64)]) == target
     table = Table("birds: against the redrawn counterfactual", [])
@@ -315,8 +348,6 @@ def redrawn(
         seen = scores.graded
         energy, area = scores.energy[seen].mean(), scores.area[seen].mean()
         beyond = paired_bootstrap(scores.energy[seen], 3 * scores.area[seen])
-        inside = paired_bootstrap(scores.inside[seen], scores.source_inside[seen])
-        outside = paired_bootstrap(scores.outside[seen], scores.source_outside[seen])
         table.rows[name] = {
             "birds": int(seen.sum()),
             "energy on parts": float(energy),
@@ -324,8 +355,7 @@ def redrawn(
             "energy - 3 x area": beyond,
             "on grown parts": float(grown.energy[seen].mean()),
             "times the grown area": float(grown.energy[seen].mean() / grown.area[seen].mean()),
-            "inside": inside,
-            "outside": outside,
+            **nearer(scores, seen),
         }
         if name in ("first", "k = 1"):
             summary[f"energy to area, {name}"] = scores.energy.where(seen, torch.nan) / area

@@ -12,19 +12,16 @@ the redrawn bird. Columns are those of `benchmarks/mirror.py`.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import rich
 import torch
 import torch.nn.functional as F
-from mirror import chosen_images, split_of
+from mirror import birds_options, chosen_images, nearer, redrawn_birds
 from torch import Tensor
 
-from finecf.data import SyntheticBirds
-from finecf.metrics import paired_bootstrap, redraw_distances
+from finecf.metrics import redraw_distances
 from finecf.metrics.tables import Table
 from finecf.models import Classifier
 from finecf.training import mirror_classifier, mirror_recipe
@@ -117,20 +114,10 @@ def lead(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--validation", action="store_true")
-    parser.add_argument("--markdown", type=Path)
-    options = parser.parse_args()
-    options.data = None
-    torch.set_num_threads(options.threads)
+    options = birds_options(__doc__, steps=200)
     classifier = mirror_classifier("birds")
     numbers, x, target = chosen_images("birds", classifier, mirror_recipe("birds").pairs, options)
-    birds = SyntheticBirds(split_of("birds", options), n=options.images)
-    items = [birds[int(number)] for number in numbers]
-    true = torch.stack([birds.redraw(item, int(label)).tensor for item, label in zip(items, target, strict=True)])
+    birds, items, true = redrawn_birds(numbers, target, options)
     table = Table(f"birds: {len(x)} held-out images, led without a decoder", [])
 
     def enter(name: str, led: Tensor, found: Tensor) -> None:
@@ -143,8 +130,7 @@ def main() -> None:
             "L1": float((led - x).abs().mean((1, 2, 3))[found].mean()),
             "birds": int(seen.sum()),
             "times their area": float(scores.energy[seen].mean() / scores.area[seen].mean()),
-            "inside": paired_bootstrap(scores.inside[seen], scores.source_inside[seen]),
-            "outside": paired_bootstrap(scores.outside[seen], scores.source_outside[seen]),
+            **nearer(scores, seen),
         }
 
     for share in (0.25, 0.5, 0.75, 1.0):

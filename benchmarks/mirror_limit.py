@@ -10,13 +10,11 @@ not softened: it was taught to draw it.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from statistics import fmean
 
 import rich
 import torch
-from mirror import score
+from mirror import birds_options, score
 from torch import Tensor
 from tqdm import trange
 
@@ -93,16 +91,7 @@ def teach(classifier: Classifier, steps: int, count: int) -> MirrorDecoder:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--birds", type=int, default=BIRDS)
-    parser.add_argument("--images", type=int, default=120)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--validation", action="store_true")
-    parser.add_argument("--markdown", type=Path)
-    options = parser.parse_args()
-    options.data = None
-    torch.set_num_threads(options.threads)
+    options = birds_options(__doc__, steps=600, birds=BIRDS)
     classifier = mirror_classifier("birds")
     decoder = teach(classifier, options.steps, options.birds)
     written = []

@@ -35,6 +35,7 @@ from torch.utils.data import (
 from finecf.explainers import _mirror_losses as losses
 from finecf.explainers._mirror_draw import draw_pair
 from finecf.explainers._reflection import GapHead, map_steps, shifted_maps
+from finecf.explainers._shared import check_range
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors, save_tensors
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, PatchDiscriminator
@@ -46,6 +47,11 @@ CHANGEABLE: Final = ("learning_rate", "precision")
 WEIGHTS: Final = "weights"
 _WHOLE: Final = ("steps", "batch", "seed", "augment", "warm_up")
 _BATCH_WHILE_LOOKING = 64
+DECODER_RANGE: Final = "the decoder's image_range"
+_TRAIN_OTHERWISE = (
+    "train with decoder={'image_range': (least, largest)}, two numbers or two lists of one a channel, of the images as "
+    "the model takes them"
+)
 _SEEN = ("predicted", "confidence")
 """What a state says of the images that it was trained on: fields of `Classes`."""
 
@@ -243,7 +249,7 @@ def look_through(
         if tuple(x.shape[1:]) != decoder.shape.image:
             sizes = f"{list(decoder.shape.image)} and {list(x.shape[1:])}"
             raise ValueError(f"the training images have different sizes, {sizes}; resize them")
-        check_range(x, decoder.low, decoder.high)
+        check_range(x, decoder.low, decoder.high, _TRAIN_OTHERWISE, bounds=DECODER_RANGE)
         sure, guess = classifier.logits(x).cpu().double().softmax(1).max(1)
         guesses.append(guess)
         sureness.append(sure)
@@ -259,28 +265,6 @@ def look_through(
             )
         members[index] = own
     return Classes(found, members, torch.cat(sureness))
-
-
-_TRAIN_OTHERWISE = (
-    "train with decoder={'image_range': (least, largest)}, two numbers or two lists of one a channel, of the images as "
-    "the model takes them"
-)
-
-
-def check_range(x: Tensor, low: Tensor, high: Tensor, advice: str = _TRAIN_OTHERWISE) -> None:
-    """Refuse images beyond the range that the decoder draws in; [B,Ch,H,W] and [1,Ch,1,1]."""
-    slack = 1e-3 * (high - low)
-    if bool(((x < low - slack) | (x > high + slack)).any()):
-        raise ValueError(
-            f"the images reach from {float(x.min()):.3g} to {float(x.max()):.3g}, beyond the decoder's image_range "
-            f"({_few(low)} to {_few(high)}): {advice}"
-        )
-
-
-def _few(bounds: Tensor) -> str:
-    """A bound of each channel, or one that they share, to three digits."""
-    values = [f"{each:.3g}" for each in bounds.flatten().tolist()]
-    return values[0] if len(set(values)) == 1 else f"[{', '.join(values)}]"
 
 
 class Sample(NamedTuple):

@@ -48,6 +48,24 @@ def originals(images: object, prepared: Tensor) -> Tensor:
     return prepared
 
 
+def check_range(
+    images: Tensor, low: Tensor, high: Tensor, advice: str, name: str = "images", bounds: str = "image_range"
+) -> None:
+    """Refuse images [B,Ch,H,W] beyond bounds [1,Ch,1,1] by more than rounding; `bounds` and `advice`: words."""
+    slack = 1e-3 * (high - low)
+    if bool(((images < low - slack) | (images > high + slack)).any()):
+        raise ValueError(
+            f"the {name} reach from {float(images.min()):.3g} to {float(images.max()):.3g}, beyond {bounds} "
+            f"({_few(low)} to {_few(high)}): {advice}"
+        )
+
+
+def _few(bound: Tensor) -> str:
+    """A bound of each channel, or one that they share, to three digits."""
+    values = [f"{each:.3g}" for each in bound.flatten().tolist()]
+    return values[0] if len(set(values)) == 1 else f"[{', '.join(values)}]"
+
+
 def versions() -> dict[str, str]:
     """The library versions and the backend that numbers depend on."""
     info = _native.build_info()

@@ -32,7 +32,16 @@ from finecf.explainers._reflection import (
     map_steps,
     shifted_maps,
 )
-from finecf.explainers._shared import class_indices, one_of, originals, plain, progress_bar, versions, wrapped
+from finecf.explainers._shared import (
+    check_range,
+    class_indices,
+    one_of,
+    originals,
+    plain,
+    progress_bar,
+    versions,
+    wrapped,
+)
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -705,7 +714,7 @@ class MirrorCFE:
                 "or fit a decoder for this size"
             )
         advice = "give images scaled as those it was trained on (a preprocess is applied here, not by you)"
-        fitting.check_range(x, decoder.low, decoder.high, advice)
+        check_range(x, decoder.low, decoder.high, advice, bounds=fitting.DECODER_RANGE)
         k = places_of("steps", steps, x.device)
         results: list[MirrorExplanation] = []
         # Corrections need gradients, which the user's own inference mode would not give.

@@ -78,18 +78,7 @@ def as_images(images: Tensor, name: str = "images") -> Tensor:
     return images.detach()
 
 
-_BEYOND = 1e-3
-"""By which share of the range an image may leave it, from rounding."""
-
-
-def check_range(images: Tensor, low: Tensor, span: Tensor, name: str = "images") -> None:
-    """Refuse images [B,C,H,W] beyond their range, whose bounds are those of `as_bounds`."""
-    shares = (images - low) / span
-    if shares.numel() and not -_BEYOND <= float(shares.min()) <= float(shares.max()) <= 1 + _BEYOND:
-        raise ValueError(
-            f"the {name} reach from {float(images.min()):.3g} to {float(images.max()):.3g}, beyond image_range "
-            f"({low.flatten().tolist()} to {(low + span).flatten().tolist()}): give the range that the model takes."
-        )
+RANGE_ADVICE = "give the range that the model takes"
 
 
 def as_targets(target: Tensor | int, batch: int, device: torch.device) -> Tensor:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finecf.explainers._shared import check_range
 from finecf.metrics._inputs import (
+    RANGE_ADVICE,
     ImageRange,
     as_bounds,
     as_classes,
     as_counterfactuals,
     as_images,
     as_maps,
-    check_range,
     evaluating,
     logits_of,
     rows_per_batch,
@@ -110,8 +111,8 @@ def counterfactual_scores(
     target = as_classes(target, batch, images.device)
     origin = None if source is None else as_classes(source, batch, images.device, "source")
     low, span = as_bounds(image_range, images)
-    check_range(images, low, span)
-    check_range(counterfactuals[has], low, span, "counterfactuals")
+    for name, shown in (("images", images), ("counterfactuals", counterfactuals[has])):
+        check_range(shown, low, low + span, RANGE_ADVICE, name)
     rows = rows_per_batch(images, batch_size, None)
     if latents is not None:
         if not hasattr(classifier, "features"):

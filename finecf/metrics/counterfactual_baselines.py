@@ -18,12 +18,13 @@ from torch import Tensor
 
 from finecf.explainers._mirror_draw import Canvas, places_of
 from finecf.explainers._reflection import shifted_maps
+from finecf.explainers._shared import check_range
 from finecf.metrics._inputs import (
+    RANGE_ADVICE,
     ImageRange,
     as_bounds,
     as_classes,
     as_images,
-    check_range,
     checked_logits,
     rows_per_batch,
 )
@@ -115,7 +116,7 @@ def pgd(
     if not 0 <= blur < math.inf:
         raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {blur}.")
     low, span = as_bounds(image_range, images)
-    check_range(images, low, span)
+    check_range(images, low, low + span, RANGE_ADVICE)
     found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     attack = Attack(images.clone(), found, found.long(), found.double())
     rows = rows_per_batch(images, batch_size, None)

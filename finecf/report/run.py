@@ -177,8 +177,16 @@ class Run:
 
     def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]], secondary: Sequence[str] = ()) -> None:
         console = Console(width=max(TABLE_WIDTH, min(Console().width, 120)))
-        if not rows:
+        if rows:
+            self._print_table(console, columns, rows, secondary)
+        else:
             console.print(f"{escape(self.title)}: {'no mistakes' if self.names == MISTAKES else 'no images'}")
+        for name, value in self.totals.items():
+            console.print(f"  {name}: [bold]{escape(value)}[/]", highlight=False)
+
+    def _print_table(
+        self, console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], secondary: Sequence[str]
+    ) -> None:
         table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Where the terminal is narrow, class names may be cut, and the image's name if it is long.
         cells = {column: [column, *(row[i] for row in rows)] for i, column in enumerate(columns)}
@@ -207,12 +215,9 @@ class Run:
         for row in rows:
             pairs = zip(columns, row, strict=True)
             table.add_row(*(escape(value) for column, value in pairs if column not in left_out))
-        if rows:
-            console.print(table)
-        if left_out and rows:
+        console.print(table)
+        if left_out:
             console.print(f"  (and in the report: {', '.join(column for column in columns if column in left_out)})")
-        for name, value in self.totals.items():
-            console.print(f"  {name}: [bold]{escape(value)}[/]", highlight=False)
 
 
 def _file_name(row: int, image: str) -> str:
