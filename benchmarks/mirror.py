@@ -7,12 +7,17 @@
 Held-out images that the classifier recognises, with the other class of their pair as target (birds: the next one of
 the family). Each method is scored at its first image that is called the target, and at its end: k = 1, or PGD driven on
 until source and target have swapped their logits' distance. "denoised": after a Gaussian blur of sigma 1, kernel 7.
-Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD and real
-images, which have none, that of Mirror-CFE at k = 1. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
+Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD, real and
+trimmed images, which have none, the one of Mirror-CFE's path at which source and target are as far apart as in the
+image. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
 the largest change of a pixel; "PGD blur" is done only when the blurred image is the target as well. "nearest real
 image": of those among which the interpolation looks for its end, the one of the target class that is nearest in pixels;
 its FID compares real images with a set that holds them. The interpolation is not corrected; --corrections 0 draws
 Mirror-CFE's images once.
+
+"trimmed": a part of the change to Mirror-CFE's image of k = 1, or to another method's, that suffices
+(`finecf.explainers.trim`); "evenly": the same where all pixels must keep as much of it, a mask of one cell. What they
+stand that they were not made for (a blur of 1.5 pixels, a shift by one, noise of 0.1) is in a table of its own.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
 part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
@@ -36,7 +41,7 @@ from torch import Tensor
 import finecf
 from finecf.data import SyntheticBirds
 from finecf.data.birds import BirdItem
-from finecf.explainers import MirrorExplanation
+from finecf.explainers import LatentPath, MirrorExplanation, trim
 from finecf.explainers._mirror_losses import distance_ratio, triangulation
 from finecf.explainers.mirror_cfe import CORRECTIONS, REFLECTIONS
 from finecf.metrics import (
@@ -66,10 +71,23 @@ PARTS: dict[str, dict[str, Any]] = {
     "spatial-prior": {"spatial_prior": False},
 }
 """What an ablation can leave out, as `train_mirror` is told it."""
+PARTIAL = (
+    "Mirror-CFE, k = 1",
+    "Mirror-CFE, evenly",
+    "PGD, first",
+    "PGD l2, first",
+    "PGD blur, first",
+    "nearest real image",
+)
+"""What trimmed images are held against."""
+TRIMMED = ("Mirror-CFE, trimmed", "PGD blur, trimmed", "nearest real image, trimmed")
 GRADED = 600
 """Garments in the table of docs/results.md."""
 BLURS = (0.7, 1.0, 1.5)
 """Standard deviations, in pixels, under which images are looked at; 1 is that of "denoised"."""
+
+
+Scores = dict[str, CounterfactualScores]
 
 
 @dataclass
@@ -137,7 +155,7 @@ def row_of(
     }
 
 
-def mirrored(found: list[MirrorExplanation], path: finecf.explainers.LatentPath, start: Tensor) -> list[Images]:
+def mirrored(found: list[MirrorExplanation], path: LatentPath, start: Tensor) -> list[Images]:
     """Mirror-CFE's first counterfactuals and mirror images."""
     k = torch.tensor([1.0 if each.first_k is None else each.first_k for each in found], dtype=torch.float64)
     end = path.latents[:, -1].double()
@@ -151,10 +169,35 @@ def mirrored(found: list[MirrorExplanation], path: finecf.explainers.LatentPath,
     return [first, mirror]
 
 
-def beside(on: str, rows: dict[str, Images], scores: dict[str, CounterfactualScores]) -> Table:
-    """The first counterfactuals against every other method's, on the images for which there are both."""
-    table = Table(f"{on}: Mirror-CFE's first counterfactual minus another's, of the same images", [])
-    own, *others = [name for name in rows if not name.endswith(("k = 1", "driven on"))]
+def along(path: LatentPath, logits: Tensor) -> Tensor:
+    """The latents [B,D] of a path from k = 0 to 1 where source and target are as far apart as in logits [B,C]."""
+    pair = torch.stack([path.source, path.target], 1)
+    ends = path.logits[:, [0, -1]].gather(2, pair[:, None].expand(-1, 2, -1)).diff(dim=2)[..., 0]
+    lead = logits.to(ends).gather(1, pair).diff(dim=1)[:, 0]
+    k = ((lead - ends[:, 0]) / (ends[:, 1] - ends[:, 0])).clamp(0, 1)
+    start, end = path.latents[:, 0].double(), path.latents[:, -1].double()
+    return start + k[:, None] * (end - start)
+
+
+def standing(classifier: Classifier, own: Images, wanted: Tensor) -> dict[str, float]:
+    """The share of those found that are called what they should be after small changes."""
+    images, target = own.images[own.found], wanted[own.found]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    shown = {
+        "blur 1": gaussian_blur(images, 1.0),
+        "blur 1.5": gaussian_blur(images, 1.5),
+        "shift 1": images.roll(1, 3),
+        "noise 0.1": images + 0.1 * noise,
+    }
+    said = {
+        name: torch.cat([classifier.logits(part).argmax(1) for part in each.split(64)]) for name, each in shown.items()
+    }
+    return {name: float((each == target).double().mean()) for name, each in said.items()}
+
+
+def beside(title: str, own: str, others: list[str], rows: dict[str, Images], scores: Scores) -> Table:
+    """One method's images against others', on those for which there are both."""
+    table = Table(title, [])
     for name in others:
         both = rows[own].found & rows[name].found
         table.rows[name] = {"images": int(both.sum())}
@@ -234,48 +277,84 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     recognised = torch.cat([said.argmax(1) for _, said in read]) == labels
     toward = encoded[lines["interpolation"].reference].double()
     euclidean = pgd(classifier, x, target, norm="l2")
-    standing = pgd(classifier, x, target, blur=1.0)
+    robust = pgd(classifier, x, target, blur=1.0)
     real = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
     everywhere = torch.ones(len(x), dtype=torch.bool)
+
+    def placed(images: Tensor, found: Tensor) -> Images:
+        """Images of no latent, with that of their place on the path."""
+        said = torch.cat([classifier.logits(part) for part in images.split(64)])
+        return Images(images, found, along(path, said))
+
+    whole = {
+        "Mirror-CFE": end,
+        "PGD blur": placed(robust.images, robust.found),
+        "nearest real image": placed(real.images, everywhere),
+    }
+    started = time.perf_counter()
+    less = {"Mirror-CFE, trimmed": trim(classifier, x, end.images, target)}
+    trimming = (time.perf_counter() - started) / len(x)
+    less["Mirror-CFE, evenly"] = trim(classifier, x, end.images, target, grid=(1, 1))
+    less |= {f"{name}, trimmed": trim(classifier, x, whole[name].images, target) for name in list(whole)[1:]}
+    smaller = {name: placed(each.images, each.found) for name, each in less.items()}
     rows = {
         "Mirror-CFE, first": first,
         "Mirror-CFE, k = 1": end,
-        "PGD, first": Images(quick.images, quick.found, end.latents),
-        "PGD, driven on": Images(far.images, far.found, end.latents),
-        "PGD l2, first": Images(euclidean.images, euclidean.found, end.latents),
-        "PGD blur, first": Images(standing.images, standing.found, end.latents),
+        "Mirror-CFE, trimmed": smaller["Mirror-CFE, trimmed"],
+        "PGD, first": placed(quick.images, quick.found),
+        "PGD, driven on": placed(far.images, far.found),
+        "PGD l2, first": placed(euclidean.images, euclidean.found),
+        "PGD blur, first": whole["PGD blur"],
     }
     for name, line in lines.items():
         way = line.k.nan_to_num(1.0)[:, None] * (toward - start.double())
         rows[f"{name}, first"] = Images(line.images, line.found, start.double() + way)
         rows[f"{name}, k = 1"] = Images(line.strip[:, -1], everywhere, toward)
-    rows["nearest real image"] = Images(real.images, everywhere, end.latents)
+    rows["nearest real image"] = whole["nearest real image"]
+    others = [name for name in rows if not name.startswith("Mirror-CFE") and not name.endswith(("k = 1", "driven on"))]
+    every = rows | smaller
     of_targets = references[torch.isin(labels, target.unique())]
     table = Table(f"{on}: {len(x)} held-out images", [])
     scores = {
         name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
-        for name, own in rows.items()
+        for name, own in every.items()
     }
     for name, own in rows.items():
         table.rows[name] = row_of(classifier, x, target, own, scores[name], of_targets)
     table.columns = list(next(iter(table.rows.values())))
     faithful = Table(f"{on}: from latent to image, over k", ["mean", "95 % interval"])
-    along = {
+    over_k = {
         "confidence gap": doubles(each.confidence_gap for each in found),
         "latent error": doubles(float(each.latent_error.mean()) for each in found),
         "reconstruction L1": doubles(float((each.reconstruction - each.prepared).abs().mean()) for each in found),
     }
     flips = doubles(each.first_k for each in found if each.first_k is not None)
-    for name, values in {**along, "k of the first counterfactual": flips}.items():
+    for name, values in {**over_k, "k of the first counterfactual": flips}.items():
         mean = bootstrap_mean(values)
         faithful.rows[name] = {"mean": mean.mean, "95 % interval": f"[{mean.low:.3f}, {mean.high:.3f}]"}
-    table.notes.append(f"{seconds * 1e3:.0f} ms an image for strip, first counterfactual and mirror image.")
+    table.notes.append(
+        f"{seconds * 1e3:.0f} ms an image for strip, first counterfactual and mirror image; {trimming * 1e3:.0f} more "
+        "to trim."
+    )
+    parts = Table(f"{on}: a part of the change that suffices", [])
+    for name in (*PARTIAL, *TRIMMED):
+        parts.rows[name] = {
+            "found": float(every[name].found.double().mean()),
+            "L1": scores[name].means()["l1"],
+            "latent error": scores[name].means()["latent_error"],
+            **standing(classifier, every[name], target),
+        }
+    parts.columns = list(parts.rows["Mirror-CFE, trimmed"])
     called = torch.cat([classifier.logits(part).argmax(1) for part in x.split(64)])
     blurred = Table(f"{on}: share of images that keep their class under a blur", [])
     for name, images, wanted in (("the images themselves", x, called), ("Mirror-CFE, k = 1", end.images, target)):
         blurred.rows[name] = {f"{sigma:g} pixels": kept(classifier, images, wanted, sigma) for sigma in BLURS}
     blurred.columns = list(blurred.rows["Mirror-CFE, k = 1"])
-    tables = [table, beside(on, rows, scores), faithful, blurred]
+    versus = (
+        (f"{on}: Mirror-CFE's first counterfactual minus another's, of the same images", "Mirror-CFE, first", others),
+        (f"{on}: Mirror-CFE's trimmed images minus others, of the same images", TRIMMED[0], [*PARTIAL, *TRIMMED[1:]]),
+    )
+    tables = [table, *(beside(*names, every, scores) for names in versus), parts, faithful, blurred]
     members = {int(label): ((labels == label) & recognised).nonzero()[:, 0] for label in labels.unique()}
     one, last = scores["Mirror-CFE, first"], scores["Mirror-CFE, k = 1"]
     summary = {
@@ -283,13 +362,14 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "valid, k = 1": last.valid,
         "denoised valid, k = 1": last.denoised_valid,
         "L1, first": one.l1,
-        **along,
+        **over_k,
         "triangulation": strayed(mirror, found, x, target, references, encoded, members),
     }
     if on == "birds":
         drawn = {
             "first": torch.stack([each.counterfactual for each in found]),
             "k = 1": torch.stack([each.mirror_image for each in found]),
+            "trimmed": every["Mirror-CFE, trimmed"].images,
             "PGD, first": quick.images,
             "PGD l2, first": euclidean.images,
         }

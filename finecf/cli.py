@@ -79,7 +79,7 @@ METHODS = ("fgvce", "smdl", "mirror")
 OPTIONS_OF = {
     "fgvce": ("preset", "max_edits", "minimal"),
     "smdl": ("regions", "region_count", "search", "max_regions", "baseline"),
-    "mirror": ("decoder", "steps", "reflection", "corrections"),
+    "mirror": ("decoder", "steps", "reflection", "corrections", "trim"),
 }
 """The options of `explain` that only one method has."""
 EVALUATE_IMAGES = 20_000
@@ -188,6 +188,9 @@ def explain(
     corrections: Annotated[
         int, typer.Option(min=0, help="mirror: how often at most to draw an image anew for what it is short of.")
     ] = CORRECTIONS,
+    trim: Annotated[
+        bool, typer.Option("--trim", help="mirror: also look for a small part of the change that suffices.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,
@@ -259,7 +262,7 @@ def explain(
         figures=figures,
         save=save,
         names=MISTAKES if all_mistakes else PREDICTED if target is None else ASKED,
-        options={"steps": steps} if method == "mirror" else {},
+        options={"steps": steps, "trim": trim} if method == "mirror" else {},
         folder=out if method == "mirror" else None,
     )
     if image is not None:
@@ -516,7 +519,7 @@ def _mirrored(name: str, classifier: Classifier, choose: Callable[[MirrorCFE], S
         f"Some {name} that the network gets right. {_about_mirror()}",
         explainer,
         names=ASKED,
-        options={"steps": MIRROR_STEPS},
+        options={"steps": MIRROR_STEPS, "trim": True},
     )
     run.truths = [each.truth for each in chosen if each.truth is not None]
     _explain_all(run, ((x[None], [to], [source]) for x, to, source, _ in chosen), len(chosen), "mirroring")

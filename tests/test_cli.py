@@ -278,6 +278,14 @@ def test_mirror_draws_the_way_to_the_true_class(folder: Path, monkeypatch: pytes
     assert "mirrors the network&#39;s own features" in page
     assert "<script" not in page
 
+    files = sorted(out.glob("*.safetensors"))
+    assert all(finecf.load(path).trimmed_image is None for path in files)
+    code, output, _ = mirror(folder, "--all-mistakes", *decoder, "--trim", "--save", "--no-figures")
+    assert code == 0, output
+    found = [finecf.load(path) for path in files]
+    assert [result.trimmed_image is not None for result in found] == [result.mirror_valid for result in found]
+    assert any(result.mirror_valid for result in found)
+
     image = ("--image", folder / "data" / "red" / "0.png", "--target", "green")
     code, output, (row,) = mirror(folder, *image, *decoder, "--reflection", "two_class", "--corrections", 1, "--save")
     assert code == 0, output

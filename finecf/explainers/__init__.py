@@ -1,6 +1,7 @@
 """Explainers: which parts of an image decided, and what would have decided otherwise."""
 
 from finecf.explainers._mirror_fit import TrainingStopped
+from finecf.explainers._trim import Trimmed, trim
 from finecf.explainers.fgvce import FGVCE, PRESETS
 from finecf.explainers.mirror_cfe import ClassDistances, LatentPath, MirrorCFE
 from finecf.explainers.result import (
@@ -34,5 +35,7 @@ __all__ = [
     "Probabilities",
     "SMDLExplanation",
     "TrainingStopped",
+    "Trimmed",
     "load",
+    "trim",
 ]

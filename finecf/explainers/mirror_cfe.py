@@ -42,6 +42,7 @@ from finecf.explainers._shared import (
     versions,
     wrapped,
 )
+from finecf.explainers._trim import Trimmed, trim
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -682,6 +683,7 @@ class MirrorCFE:
         *,
         source: Target | None = None,
         sources: Sequence[str] | None = None,
+        trim: bool = False,
     ) -> list[MirrorExplanation]:
         """Draw images along k, find the first that the classifier calls the target, and see what it says of each.
 
@@ -691,6 +693,9 @@ class MirrorCFE:
             steps: the places of the strip, as of `latent_path`.
             source: as of `latent_path`.
             sources: names of the images.
+            trim: whether to look for a part of the change to the image of k = 1 that suffices
+                (`finecf.explainers.trim` with its own settings, O): 20 gradients of the classifier for the image, and
+                20 for the blurred one.
 
         Returns:
             One explanation for each image.
@@ -734,7 +739,9 @@ class MirrorCFE:
             try:
                 for start in range(0, len(x), size):
                     rows = slice(start, start + size)
-                    results += self._explain(decoder, x[rows], shown[rows], own[rows], wanted[rows], k, names[rows])
+                    results += self._explain(
+                        decoder, x[rows], shown[rows], own[rows], wanted[rows], k, names[rows], trim
+                    )
                     advance(len(x[rows]))
             except KeyboardInterrupt as stop:
                 raise Interrupted(results, len(x)) from stop
@@ -749,6 +756,7 @@ class MirrorCFE:
         wanted: Tensor,
         k: Tensor,
         names: list[str | None],
+        trimming: bool,
     ) -> list[MirrorExplanation]:
         started = time.perf_counter()
         drawing = self._drawing(decoder, x, own, wanted)
@@ -773,10 +781,13 @@ class MirrorCFE:
         blank, blank_logits = drawn_at(0.0)
         mirror, mirror_logits = drawn_at(1.0)
         errors = (torch.stack(strip_latents, 1) - path.latents).abs().mean(-1).double()
+        less = self._trim(x, mirror, canvas.target) if trimming else None
+        shares = None if less is None else _size_of(less.images - x) / _size_of(mirror - x)
         seconds = (time.perf_counter() - started) / len(x)
         before = drawing.logits.double().softmax(1)
         results = []
         for b in range(len(x)):
+            cut = less is not None and bool(less.found[b])
             source, target = int(canvas.source[b]), int(canvas.target[b])
             predicted = int(before[b].argmax())
             found = not math.isnan(float(first_k[b]))
@@ -798,11 +809,12 @@ class MirrorCFE:
                             "change": (chosen - blank[b]).abs().mean(0),
                         }
                     ),
-                    evaluations=2 + int(drawing.counts.seen[b]),  # the image itself was run twice
+                    # The image itself was run twice.
+                    evaluations=2 + int(drawing.counts.seen[b]) + (0 if less is None else int(less.evaluations[b])),
                     seconds=seconds,
                     seed=None,
                     versions=versions() | {"device": str(x.device), "micro_batch": str(self.micro_batch)},
-                    notes=[*path.notes, *self._notes(source, predicted, target)],
+                    notes=[*path.notes, *self._notes(source, predicted, target), *_note_of_trim(less, b)],
                     reflection=self.reflection,
                     origin=source,
                     origin_name=self.classifier.class_name(source),
@@ -824,9 +836,16 @@ class MirrorCFE:
                     corrections=self.corrections,
                     correction_blur=self.correction_blur,
                     soften=self.soften,
+                    trimmed_image=less.images[b].cpu() if less is not None and cut else None,
+                    trimmed_mask=less.mask[b].cpu() if less is not None and cut else None,
+                    trimmed_share=float(shares[b]) if shares is not None and cut else None,
+                    trimmed_stands=bool(less.stands[b]) if less is not None and cut else None,
                 )
             )
         return results
+
+    def _trim(self, x: Tensor, ends: Tensor, target: Tensor) -> Trimmed:
+        return trim(self.classifier, x, ends, target, micro_batch=self.micro_batch, memory_budget=self.budget)
 
     def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> _Drawing:
         if decoder.shape.skips:
@@ -1061,6 +1080,18 @@ class _Drawing:
         logits = logits.double()
         best = logits.scatter(1, target, -math.inf).amax(1, keepdim=True)
         return torch.cat([logits.gather(1, source), best], 1) - logits.gather(1, target)
+
+
+def _size_of(change: Tensor) -> Tensor:
+    """Mean absolute value of each image's change, float64 [B]."""
+    return change.double().abs().mean((1, 2, 3))
+
+
+def _note_of_trim(trimmed: Trimmed | None, row: int) -> list[str]:
+    """What to say of one image that was to be trimmed and could not be."""
+    if trimmed is None or bool(trimmed.found[row]):
+        return []
+    return ["the image of k = 1 is not classified as the target, and was not trimmed"]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -500,6 +500,12 @@ class MirrorExplanation(Explanation):
         latent_error: float64 [K]: mean absolute difference between the latents and those of the drawn images.
         residual: largest difference, at k = 1, between the latent's logits and the swapped ones.
         corrections, correction_blur, soften: those of the `MirrorCFE`.
+        trimmed_image: [C,H,W], the image with as small a part of its change to `mirror_image` as was found to suffice
+            (`finecf.explainers.trim`): a blend of the two that no decoder drew. None where that was not asked for, or
+            `mirror_image` is not the target.
+        trimmed_mask: [h,w] in [0,1], how much of the change is kept at the middle of each cell of the map.
+        trimmed_share: that image's mean absolute change as a share of `mirror_image`'s.
+        trimmed_stands: whether the trimmed image is the target blurred by a pixel too.
     """
 
     kind: ClassVar[str] = "mirror"
@@ -525,6 +531,10 @@ class MirrorExplanation(Explanation):
     origin_name: str | None = None
     redrawn_as: int | None = None
     redrawn_name: str | None = None
+    trimmed_image: Tensor | None = None
+    trimmed_mask: Tensor | None = None
+    trimmed_share: float | None = None
+    trimmed_stands: bool | None = None
 
     def _outcome(self) -> str:
         return (
@@ -594,6 +604,12 @@ class MirrorExplanation(Explanation):
             f"  latent against image: confidence gap {self.confidence_gap:.3f}, latent error "
             f"{float(self.latent_error.mean()):.3f}",
         ]
+        if self.trimmed_image is not None:
+            part = float((self.trimmed_image - self.prepared).abs().mean())
+            lines.append(
+                f"  {self.trimmed_share:.0%} of the change to the image of k = 1 suffices, mean pixel change {part:.3f}"
+                f"{', blurred by a pixel too' if self.trimmed_stands else ', but not blurred by a pixel'}"
+            )
         if self.taken_at_once:
             lines.append(
                 f"  redrawn at k = 0, with nothing changed, it is already taken for {self.target_name}: what the "
@@ -616,6 +632,10 @@ class MirrorExplanation(Explanation):
         return cls(**{"first_image": None} | cls._arguments(tensors, fields) | {name: tensors[name] for name in names})
 
 
+_PERHAPS: Final = ("first_image", "trimmed_image", "trimmed_mask")
+"""Tensors that an explanation may be without."""
+
+
 def _own_fields(kind: type[Explanation]) -> list[str]:
     """The fields that a kind of explanation adds."""
     return [name for name in kind.__dataclass_fields__ if name not in Explanation.__dataclass_fields__]
@@ -629,7 +649,7 @@ def _split(
         value = getattr(found, name)
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif value is not None or name != "first_image":
+        elif value is not None or name not in _PERHAPS:
             fields[name] = value
     return tensors, fields
 

@@ -120,6 +120,9 @@ def _mirror_totals(results: Sequence[MirrorExplanation]) -> dict[str, str]:
         "latent error": f"{fmean(float(result.latent_error.mean()) for result in results):.2f} on average",
         "seconds": f"{sum(result.seconds for result in results):.1f} for all",
     }
+    shares = [result.trimmed_share for result in results if result.trimmed_share is not None]
+    if shares:
+        totals["enough of the change"] = f"{fmean(shares):.0%} on average, in {len(shares)} of {len(results)}"
     if at_once:
         totals["already at k = 0"] = f"{at_once} of {len(results)}"
     if lost:
@@ -145,6 +148,8 @@ def _mirror_light(result: MirrorExplanation) -> MirrorExplanation:
         reconstruction=blank,
         first_image=None if result.first_image is None else blank,
         mirror_image=blank,
+        trimmed_image=None,
+        trimmed_mask=None,
     )
 
 
@@ -198,7 +203,8 @@ METHODS: Final[dict[type[Explanation], Method]] = {
         "= 0.5 the boundary, k = 1 the mirror image. Semifactual images (red frames) have changed and should "
         "still be what the network said, counterfactual ones (green frames) should be what was asked for; the "
         "first that the network really takes for it has a star. Below are the image, that first image, and where "
-        "the two differ; where the right answer is known there is also the true picture of the other class. The "
+        "the two differ; where it was looked for there is also the image with a part of its change that is enough, "
+        "and where the right answer is known the true picture of the other class. The "
         "chart shows how sure the network is of both classes: of the drawn images (solid) and of the features "
         "that they were drawn from (dashed). Where these lie apart, the images do not say what the features do. "
         "The animation under each figure goes the whole way there and back.",

@@ -49,7 +49,7 @@ BETWEEN: Final = 0.07
 """Inches between two images of the strip."""
 LARGEST: Final = 1.5
 """Inches that an image of a short strip is wide at most."""
-PICTURES_WIDTH: Final = {3: 7.6, 4: 8.2}
+PICTURES_WIDTH: Final = {3: 7.6, 4: 8.2, 5: 8.8}
 """Inches that the pictures of the lower row take together, by their number."""
 SMALL_PRINT: Final = (
     "k moves the features that the model reads along a straight line: from those of the image (0) over the boundary "
@@ -69,7 +69,7 @@ def draw_mirror(explanation: MirrorExplanation, truth: Truth | None) -> Figure:
     shape = min(2.0, max(0.4, picture.shape[0] / picture.shape[1]))
     count = len(path) + 1
     cell = min(LARGEST, (WIDTH - 2 * MARGIN - (count - 1) * BETWEEN) / count)
-    pictures = 3 if truth is None or truth.redrawn is None else 4
+    pictures = 3 + (truth is not None and truth.redrawn is not None) + (explanation.trimmed_image is not None)
     large = min(PICTURES_WIDTH[pictures] / pictures - 2 * GAP, 2.9 / shape)
     tall = max(large * shape, 2.0)
     small = _small_print(explanation, len(path) - sum(place.first for place in path))
@@ -95,8 +95,10 @@ def draw_mirror(explanation: MirrorExplanation, truth: Truth | None) -> Figure:
         each.set_anchor("NW")
     _image(lower[0], explanation, picture, truth)
     _counterfactual(lower[1], explanation, shown)
+    if explanation.trimmed_image is not None:
+        _trimmed(lower[2], explanation, shown, explanation.trimmed_image)
     if truth is not None and truth.redrawn is not None:
-        _redrawn(lower[2], explanation, truth.redrawn)
+        _redrawn(lower[-2], explanation, truth.redrawn)
     _change(lower[-1], explanation, picture, truth)
     left = MARGIN + pictures * step + 0.45
     _confidences(axes(left, row, WIDTH - MARGIN - left, tall - 0.12), explanation)
@@ -215,6 +217,13 @@ def _counterfactual(axes: Axes, explanation: MirrorExplanation, shown: Shown) ->
     write_caption(axes, "at k = 1 too" if explanation.mirror_valid else "not at k = 1", QUIET, line=1)
 
 
+def _trimmed(axes: Axes, explanation: MirrorExplanation, shown: Shown, image: Tensor) -> None:
+    show(axes, shown(image))
+    write_title(axes, "Enough of it", f"{explanation.trimmed_share:.0%} of the change to k = 1")
+    blurred = ", blurred too" if explanation.trimmed_stands else ", not blurred"
+    write_caption(axes, f"says {plain(explanation.target_name)}", RIGHT, line=1, end=blurred)
+
+
 def _redrawn(axes: Axes, explanation: MirrorExplanation, image: Tensor) -> None:
     show(axes, image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy())
     write_title(axes, "Truly redrawn", f"as {plain(explanation.target_name)}")
@@ -289,6 +298,11 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
         facts.append(f"What an image was short of was corrected {times}, along the model's gradient.")
     if explanation.soften:
         facts.append(f"What is drawn into the image is softened by a blur of {explanation.soften:g} pixels.")
+    if explanation.trimmed_image is not None:
+        facts.append(
+            "Enough of it: the image with a part of its change to k = 1, chosen by the model's gradient so that it "
+            "suffices with little change; a blend of the two that no decoder drew."
+        )
     if shown < len(explanation.k):
         facts.append(f"{shown} of the {len(explanation.k)} images that were drawn are shown.")
     return textwrap.wrap(" ".join(facts), LINE_LENGTH)

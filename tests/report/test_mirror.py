@@ -99,6 +99,30 @@ def test_a_figure_says_what_was_found(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_a_figure_shows_what_is_enough_where_it_was_looked_for() -> None:
+    result = found()
+    asked = result.target_name
+    assert not [text for text in words(result) if "nough of it" in text]
+    trimmed = replace(
+        result, trimmed_image=result.prepared, trimmed_mask=torch.ones(2, 2), trimmed_share=0.31, trimmed_stands=True
+    )
+    said = words(trimmed)
+    assert "Enough of it" in said
+    assert "31% of the change to k = 1" in said
+    assert f"says {asked}, blurred too" in said
+    assert "a blend of the two that no decoder drew." in " ".join(" ".join(said).split())
+    assert f"says {asked}, not blurred" in words(replace(trimmed, trimmed_stands=False))
+    panels = [len(plot(each).axes) for each in (result, trimmed)]
+    assert panels[1] == panels[0] + 1
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[:4, :4] = True
+    truth = Truth(mask, "tail", result.prepared.clamp(0, 1))
+    both = plot(trimmed, truth=truth)
+    assert len(both.axes) == panels[1] + 1
+    titles = [text.get_text() for text in both.findobj(Text)]
+    assert titles.index("Enough of it") < titles.index("Truly redrawn") < titles.index("What changed")
+
+
 def test_a_figure_says_what_was_not_found() -> None:
     result = found()
     asked = result.target_name
@@ -395,7 +419,10 @@ def test_totals_say_what_the_decoder_is_to_blame_for() -> None:
     assert totals["first k"] == "3 of 4; in these at k = 0.56 on average"
     blamed = ("already at k = 0", "another class at k = 0", "untrained pairs")
     assert [totals[name] for name in blamed] == ["1 of 4"] * 3
-    assert not {*blamed} & set(run.method.totals([found()]))
+    assert not {*blamed, "enough of the change"} & set(run.method.totals([found()]))
+    shares = [replace(found(), trimmed_image=each.image, trimmed_share=0.2) for each in run.results[:2]]
+    assert run.method.totals([*shares, found()])["enough of the change"] == "20% on average, in 2 of 3"
+    assert run.method.light(shares[0]).trimmed_share == 0.2
     rows = [run.method.row(each) for each in run.results]
     assert [row["at k = 0"] for row in rows] == ["", "", "wanted", "another"]
     assert [row["trained"] for row in rows] == ["no", "yes", "yes", "yes"]

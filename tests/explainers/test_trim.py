@@ -1,0 +1,316 @@
+"""Trimming a counterfactual: the linear programme of a round against SciPy's, whole searches where the answer is known,
+and what is promised of any."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from explainers.mirror_nets import DEVICE, SIDE, GapNet, coloured, mosaic, others, pictures, wrapped
+from explainers.test_mirror import CHANGE, fitted
+from scipy.optimize import linprog
+from torch import Tensor, nn
+
+import finecf
+from finecf.explainers import Trimmed, trim
+from finecf.explainers._trim import cheapest_mask
+from finecf.regions.baseline import gaussian_blur
+
+
+def leads(classifier: finecf.Classifier, images: Tensor, target: Tensor, blur: float = 0.0) -> Tensor:
+    """Of the target over the best other class."""
+    said = classifier.logits(gaussian_blur(images, blur) if blur else images).double().cpu()
+    wanted = target.cpu()[:, None]
+    return said.gather(1, wanted)[:, 0] - said.scatter(1, wanted, -math.inf).amax(1)
+
+
+def ends(classifier: finecf.Classifier, count: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, others that the classifier takes for something else, and what it takes them for."""
+    x, y = pictures(count, seed=1), pictures(count, seed=2)
+    apart = (classifier.logits(x).argmax(1) != classifier.logits(y).argmax(1)).nonzero()[:, 0]
+    assert len(apart) >= count // 3
+    return x[apart], y[apart], classifier.logits(y[apart]).argmax(1)
+
+
+def sizes(change: Tensor) -> Tensor:
+    return change.abs().mean((1, 2, 3))
+
+
+# ---- the linear programme of a round
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("reach", [0.1, 0.5, 1.0])
+def test_a_round_is_the_linear_programme(views: int, reach: float) -> None:
+    draws = torch.Generator().manual_seed(views)
+    rows, cells = 24, 9
+    mask = torch.rand(rows, cells, generator=draws).double()
+    slope = torch.randn(rows, views, cells, generator=draws).double()
+    cost = torch.rand(rows, cells, generator=draws).double()
+    lead = torch.randn(rows, views, generator=draws).double()
+    wanted = lead + 0.5 * torch.randn(rows, views, generator=draws).double()
+    found = cheapest_mask(mask, lead, slope, cost, reach, wanted)
+    solved = 0
+    for row in range(rows):
+        bounds = [(max(0, float(at) - reach), min(1, float(at) + reach)) for at in mask[row]]
+        short = wanted[row] - lead[row] + (slope[row] * mask[row]).sum(1)
+        best = linprog(cost[row].numpy(), -slope[row].numpy(), -short.numpy(), bounds=bounds)
+        low, high = np.array(bounds).T
+        own = found[row].numpy()
+        assert (own >= low - 1e-12).all()
+        assert (own <= high + 1e-12).all()
+        if best.status == 2:  # out of reach
+            continue
+        solved += 1
+        assert (slope[row].numpy() @ own >= short.numpy() - 1e-4).all()
+        assert float(cost[row].numpy() @ own) == pytest.approx(best.fun, abs=1e-4)
+    assert solved >= 8
+
+
+def test_out_of_reach_a_round_goes_as_far_as_it_can() -> None:
+    mask, cost = torch.full((1, 3), 0.5, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    slope = torch.tensor([[[1.0, -2.0, 0.0]]], dtype=torch.float64)
+    lead, wanted = torch.zeros(1, 1, dtype=torch.float64), torch.full((1, 1), 9.0, dtype=torch.float64)
+    found = cheapest_mask(mask, lead, slope, cost, 0.2, wanted)
+    assert found[0].tolist() == pytest.approx([0.7, 0.3, 0.3])
+
+
+def test_cells_without_cost_or_slope_are_no_trouble() -> None:
+    mask, cost = torch.ones(1, 3, dtype=torch.float64), torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    slope = torch.tensor([[[0.0, 1.0, 1.0]]], dtype=torch.float64)
+    found = cheapest_mask(mask, torch.full((1, 1), 2.0).double(), slope, cost, 1.0, torch.full((1, 1), 0.5).double())
+    assert found[0].tolist() == pytest.approx([0, 0.5, 0])  # what costs nothing comes first
+
+
+# ---- whole searches
+
+
+def test_of_a_linear_model_the_least_change_is_found() -> None:
+    """Where the lead is linear in the image, one round is the whole answer."""
+    classifier = mosaic()
+    x, y = coloured((0.8, 0.3, 0.2), (0.3, 0.7, 0.4)), coloured((0.2, 0.9, 0.3), (0.9, 0.2, 0.1))
+    y[:, :, : SIDE // 2] = (y[:, :, : SIDE // 2] + x[:, :, : SIDE // 2]) / 2
+    target = torch.tensor([1, 0])
+    found = trim(classifier, x, y, target, blur=0.0, margin=0.2)
+    assert found.found.all()
+    wanted = 0.2 * leads(classifier, y, target)
+    got = leads(classifier, found.images, target)
+    assert (got >= wanted - 1e-6).all()
+    enlarge = torch.stack(
+        [
+            nn.functional.interpolate(each, SIDE, mode="bilinear", align_corners=False)[0, 0]
+            for each in torch.eye(16).view(16, 1, 1, 4, 4)
+        ]
+    ).double()
+    for row, (label, other) in enumerate(((1, 0), (0, 1))):
+        change = (y[row] - x[row]).double().cpu()
+        cost = (enlarge * change.abs().mean(0)).mean((1, 2))
+        gain = 8 * (enlarge * (change[label] - change[other])).mean((1, 2))
+        start = leads(classifier, x[row : row + 1], target[row : row + 1])
+        best = linprog(cost.numpy(), -gain.numpy()[None], [float(start[0] - wanted[row])], bounds=[(0, 1)] * 16)
+        assert best.status == 0
+        assert float(sizes(found.images - x)[row]) == pytest.approx(best.fun, rel=0.02)
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.8])
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.6])
+def test_what_is_kept_suffices_and_is_a_part(blur: float, margin: float) -> None:
+    classifier = wrapped()
+    x, y, target = ends(classifier, 24)
+    found = trim(classifier, x, y, target, blur=blur, margin=margin)
+    assert found.found.all()
+    assert found.mask.shape == (len(x), 4, 4)
+    assert 0 <= float(found.mask.min()) <= float(found.mask.max()) <= 1
+    below, above = torch.minimum(x, y) - 1e-6, torch.maximum(x, y) + 1e-6
+    assert bool(((found.images >= below) & (found.images <= above)).all())
+    assert (leads(classifier, found.images, target) >= margin * leads(classifier, y, target) - 1e-4).all()
+    assert (classifier.logits(found.images).argmax(1) == target).all()
+    assert bool(found.stands.any()) == (blur > 0)
+    if blur:
+        stands = found.stands.cpu()
+        assert torch.equal(stands, leads(classifier, y, target, blur) > 0)
+        own, whole = (leads(classifier, each, target, blur)[stands] for each in (found.images, y))
+        assert (own >= margin * whole - 1e-4).all()
+        assert (own > 0).all()
+    assert float((sizes(found.images - x) / sizes(y - x)).mean()) < 0.3 + 0.6 * margin
+    enlarged = nn.functional.interpolate(found.mask[:, None], SIDE, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found.images, x + enlarged * (y - x), rtol=0, atol=1e-5)
+
+
+def test_choosing_cells_spares_more_than_changing_evenly() -> None:
+    classifier = wrapped()
+    x, y, target = ends(classifier, 40)
+    evenly, chosen, fine = (trim(classifier, x, y, target, grid=grid) for grid in ((1, 1), None, (SIDE, SIDE)))
+    assert evenly.mask.shape == (len(x), 1, 1)
+    assert fine.mask.shape == (len(x), SIDE, SIDE)
+    one, some, many = (float(sizes(each.images - x).mean()) for each in (evenly, chosen, fine))
+    assert many < some < 0.9 * one
+
+
+def test_more_rounds_keep_less() -> None:
+    classifier = wrapped()
+    x, y, target = ends(classifier, 40)
+    spent = [float(sizes(trim(classifier, x, y, target, rounds=rounds).images - x).mean()) for rounds in (1, 3, 20)]
+    assert spent[2] < spent[1] < spent[0] <= float(sizes(y - x).mean())
+
+
+def test_what_is_not_the_target_is_given_back() -> None:
+    classifier = wrapped()
+    x, y, target = ends(classifier)
+    y[0] = x[0]
+    found = trim(classifier, x, y, target)
+    assert found.found.tolist() == [False] + [True] * (len(x) - 1)
+    assert not found.stands[0]
+    assert torch.equal(found.images[0], y[0])
+    assert (found.mask[0] == 1).all()
+    assert int(found.evaluations[0]) == 2
+
+
+def test_where_blurring_undoes_it_the_image_alone_counts() -> None:
+    class Edges(nn.Module):
+        """Reads the contrast between neighbouring columns, which a blur takes away."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Conv2d(1, 2, (1, 2), stride=(1, 2), bias=False)
+            self.fc = nn.Linear(2, 2)
+            with torch.no_grad():
+                self.block.weight.copy_(torch.tensor([[0.5, 0.5], [1.0, -1.0]])[:, None, None])
+                self.fc.weight.copy_(torch.tensor([[0.0, 0.0], [0.0, 10.0]]))
+                self.fc.bias.copy_(torch.tensor([3.0, 0.0]))
+            self.to(DEVICE).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.block(x).mean((2, 3)))
+
+    classifier = finecf.wrap(Edges(), layer="block")
+    x = torch.full((2, 1, SIDE, SIDE), 0.5, device=DEVICE)
+    y = x.clone()
+    y[..., ::2] += 0.5
+    y[..., 1::2] -= 0.5
+    found = trim(classifier, x, y, 1, blur=2.0)
+    assert found.found.all()
+    assert not found.stands.any()
+    assert (leads(classifier, found.images, torch.ones(2, dtype=torch.int64)) >= 0.1 * 7 - 1e-4).all()
+    assert float(sizes(found.images - x).max()) == pytest.approx(0.5 * 3.7 / 10, rel=0.02)  # 10 s = 3 + 0.1 * 7
+
+
+@pytest.mark.parametrize("split", [{"micro_batch": 2}, {"memory_budget": 1}])
+def test_batches_and_budgets_change_nothing(split: dict[str, int]) -> None:
+    classifier = wrapped(GapNet().double())
+    x, y, target = (each.double() if each.is_floating_point() else each for each in ends(wrapped()))
+    whole, parts = trim(classifier, x, y, target), trim(classifier, x, y, target, **split)
+    single = trim(classifier, x[1:2], y[1:2], target[1:2])
+    torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-9)
+    torch.testing.assert_close(whole.images[1:2], single.images, rtol=0, atol=1e-9)
+    assert torch.equal(whole.evaluations, parts.evaluations)
+    assert (whole.evaluations == 2 + 2 * 20).all()
+
+
+def test_surroundings_of_the_users_change_nothing() -> None:
+    classifier = wrapped()
+    x, y, target = ends(classifier)
+    weights = {name: each.clone() for name, each in classifier.model.state_dict().items()}
+    alone = trim(classifier, x, y, target)
+    with torch.inference_mode():
+        inside = trim(classifier, x.clone(), y.clone(), target)
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        half = trim(classifier, x, y, target)
+    for other in (inside, half):
+        assert torch.equal(alone.images, other.images)
+    assert all(torch.equal(weights[name], each) for name, each in classifier.model.state_dict().items())
+    assert all(each.requires_grad for each in classifier.model.parameters())
+
+
+def test_slopes_that_are_no_numbers_keep_what_was_found() -> None:
+    class Root(GapNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * (x - x).sum((1, 2, 3), keepdim=False)[:, None].sqrt()
+
+    classifier = wrapped(Root())
+    x, y, target = ends(classifier)
+    found = trim(classifier, x, y, target)
+    assert found.found.all()
+    assert found.images.isfinite().all()
+    assert (classifier.logits(found.images).argmax(1) == target).all()
+
+
+def test_no_images_are_trimmed_to_none() -> None:
+    none = pictures(2)[:0]
+    found = trim(wrapped(), none, none, [])
+    assert [len(getattr(found, field.name)) for field in dataclasses.fields(Trimmed)] == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 0}, "rounds is a whole number of at least 1; got 0"),
+        ({"rounds": 2.5}, "rounds is a whole number"),
+        ({"blur": -1.0}, "blur is a standard deviation in pixels, at least 0; got -1.0"),
+        ({"margin": 1.0}, r"margin is a share of the lead, at least 0 and less than 1; got 1.0"),
+        ({"grid": (0, 4)}, r"grid has at least one row and column, and no more than the images' \[16, 16\] pixels"),
+        ({"grid": (4, 17)}, "grid has at least one row and column"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"memory_budget": 0}, "memory_budget must be a positive number"),
+        ({"target": [0]}, "target must be one class, or one for each of the 3 images; got 1"),
+        ({"target": "finch"}, "finch"),
+        ({"counterfactuals": pictures(2)}, r"\[B,Ch,H,W\] both, as the model takes them; got \[3, 3, 16, 16\] and"),
+        ({"images": pictures(3)[0]}, r"\[B,Ch,H,W\] both"),
+        ({"counterfactuals": pictures(3) * math.nan}, "hold NaN or inf: leave out those that were not found"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"images": pictures(3), "counterfactuals": pictures(3, seed=4), "target": 0} | change
+    with pytest.raises(ValueError, match=message):
+        trim(wrapped(), **arguments)
+
+
+def test_a_model_without_gradients_is_refused() -> None:
+    class Cut(GapNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach()).detach()
+
+    classifier = wrapped(Cut())
+    x, y, target = ends(classifier)
+    with pytest.raises(ValueError, match="found by the classifier's gradient, and this model gives none"):
+        trim(classifier, x, y, target)
+
+
+# ---- of Mirror-CFE's images
+
+
+@pytest.mark.parametrize("options", [{}, CHANGE])
+def test_explanations_hold_what_suffices(options: dict[str, Any], tmp_path: Path) -> None:
+    mirror, _ = fitted(steps=20, batch=16, learning_rate=1e-2, pairs=None, **options)
+    x = pictures(24, seed=3)
+    target = others(mirror.classifier, x)
+    without, found = (mirror.explain(x, target, steps=3, trim=trimming) for trimming in (False, True))
+    reached = [each.mirror_valid for each in found]
+    assert 3 < sum(reached) < 24
+    for plain, each, valid in zip(without, found, reached, strict=True):
+        assert torch.equal(plain.images, each.images)
+        assert plain.trimmed_image is plain.trimmed_mask is plain.trimmed_share is plain.trimmed_stands is None
+        note = "the image of k = 1 is not classified as the target, and was not trimmed"
+        assert (note in each.notes) == (not valid)
+        assert note not in plain.notes
+        assert each.evaluations - plain.evaluations == (42 if valid else 2)
+        if not valid:
+            assert each.trimmed_image is each.trimmed_mask is each.trimmed_share is each.trimmed_stands is None
+            assert "suffices" not in each.summary()
+            continue
+        one = trim(mirror.classifier, each.prepared[None].to(DEVICE), each.mirror_image[None].to(DEVICE), each.target)
+        torch.testing.assert_close(each.trimmed_image, one.images[0].cpu(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(each.trimmed_mask, one.mask[0].cpu(), rtol=0, atol=1e-3)
+        assert each.trimmed_stands == bool(one.stands[0])
+        part, whole = (sizes((own - each.prepared)[None]) for own in (each.trimmed_image, each.mirror_image))
+        assert each.trimmed_share == pytest.approx(float(part / whole), abs=1e-5)
+        assert f"{each.trimmed_share:.0%} of the change to the image of k = 1 suffices" in each.summary()
+        back = finecf.load(each.save(tmp_path / "one.safetensors"))
+        assert isinstance(back, finecf.MirrorExplanation)
+        assert torch.equal(back.trimmed_image, each.trimmed_image)
+        assert (back.trimmed_share, back.trimmed_stands) == (each.trimmed_share, each.trimmed_stands)
