@@ -14,7 +14,16 @@ from finecf._version import __version__
 
 if TYPE_CHECKING:
     from finecf import compat, data, explainers, metrics, models, ops, reference, regions, report, training
-    from finecf.explainers import FGVCE, SMDL, FGVCEExplanation, MirrorCFE, MirrorExplanation, SMDLExplanation, load
+    from finecf.explainers import (
+        FGVCE,
+        SMDL,
+        FGVCEExplanation,
+        Interrupted,
+        MirrorCFE,
+        MirrorExplanation,
+        SMDLExplanation,
+        load,
+    )
     from finecf.models import CandidateBank, Classifier, HeadFold, wrap
 
 # Public name -> module that defines it; a name that is itself a module maps to None.
@@ -24,6 +33,7 @@ _PUBLIC: dict[str, str | None] = {
     "FGVCE": "finecf.explainers",
     "FGVCEExplanation": "finecf.explainers",
     "HeadFold": "finecf.models",
+    "Interrupted": "finecf.explainers",
     "MirrorCFE": "finecf.explainers",
     "MirrorExplanation": "finecf.explainers",
     "SMDL": "finecf.explainers",
@@ -49,6 +59,7 @@ __all__ = [
     "Classifier",
     "FGVCEExplanation",
     "HeadFold",
+    "Interrupted",
     "MirrorCFE",
     "MirrorExplanation",
     "SMDLExplanation",

@@ -50,6 +50,9 @@ class Trimmed:
     stands: Tensor
     evaluations: Tensor
 
+    def __repr__(self) -> str:
+        return f"Trimmed({int(self.found.sum())} of {len(self.found)} images, {int(self.stands.sum())} stand the blur)"
+
 
 @torch.inference_mode(False)  # it needs gradients, which the user's own inference mode would not give
 def trim(

@@ -7,6 +7,7 @@ what readers report of it, and what is ours.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
@@ -91,6 +92,11 @@ class LatentPath:
     reflection: str
     notes: list[str]
 
+    def __repr__(self) -> str:
+        images, places, width = self.latents.shape
+        noted = f", {len(self.notes)} notes" if self.notes else ""
+        return f"LatentPath({images} images x {places} k x {width}, {self.reflection!r}{noted})"
+
     @property
     def probabilities(self) -> Tensor:
         """Softmax of the logits, float64 [B,K,C]."""
@@ -124,6 +130,9 @@ class ClassDistances:
     distance: Tensor
     k_star: Tensor
     source: Tensor
+
+    def __repr__(self) -> str:
+        return f"ClassDistances({self.distance.shape[0]} images x {self.distance.shape[1]} classes)"
 
     def nearest(self, count: int = 5) -> Tensor:
         """The `count` nearest classes but the source, at most all, nearest first, int64; ties to the lowest index."""
@@ -222,6 +231,13 @@ class MirrorCFE:
         self.soften = self._softening(self.decoder, self.meta.get("soften", 0.0))
         if self.meta:
             self.meta |= self._ways()
+
+    def __repr__(self) -> str:
+        drawn = "no decoder yet"
+        if self.decoder is not None:
+            pairs = self.meta.get("pairs")
+            drawn = "a decoder" + ("" if pairs is None else f" of {len(pairs)} pair{'' if len(pairs) == 1 else 's'}")
+        return f"MirrorCFE({self.classifier!r}, {self.reflection!r}, {drawn})"
 
     # Latents
 
@@ -471,6 +487,10 @@ class MirrorCFE:
                 raise ValueError(f"checkpoint is a file for the decoder, and {out} is a folder: name a file in it")
             out.parent.mkdir(parents=True, exist_ok=True)
         pool = fitting.Pool(self.classifier, data)
+        known = list(inspect.signature(MirrorDecoder).parameters)[1:]  # the first is the shape, which the model gives
+        for name in decoder or {}:
+            if name not in known:
+                raise ValueError(f"decoder holds {name!r}; MirrorDecoder takes {', '.join(known)}")
         first = pool.take(torch.arange(min(2, len(pool))))
         with plain(self.classifier.device):
             head = self._gap_head(*self.classifier.features_and_logits(first))

@@ -399,3 +399,25 @@ def test_classes_that_are_called_by_digits_are_compared(names: Any, warned: bool
         warnings.simplefilter("always")
         mirror = finecf.MirrorCFE(finecf.wrap(GapNet(), layer="block", class_names=list(names)), file)
     assert bool(mirror.otherwise_named()) == bool(said) == warned
+
+
+# ---- what a user sees
+
+
+def test_what_is_shown_at_the_prompt_is_one_line() -> None:
+    mirror, _ = fitted()
+    x = data(3)
+    path = mirror.latent_path(x, others(mirror.classifier, x), steps=5)
+    assert repr(path) == "LatentPath(3 images x 5 k x 12, 'closed_form')"
+    assert repr(mirror.class_distances(x)) == "ClassDistances(3 images x 4 classes)"
+    assert repr(finecf.MirrorCFE(mirror.classifier)) == (
+        "MirrorCFE(Classifier(GapNet, layer='block', 4 classes), 'closed_form', no decoder yet)"
+    )
+    assert repr(mirror).endswith("a decoder of 2 pairs)")
+    trimmed = finecf.explainers.trim(mirror.classifier, x, x, others(mirror.classifier, x))
+    assert repr(trimmed) == "Trimmed(0 of 3 images, 0 stand the blur)"
+
+
+def test_arguments_that_a_decoder_does_not_have_are_named() -> None:
+    with pytest.raises(ValueError, match=r"decoder holds 'depth'; MirrorDecoder takes width, most, .*image_range"):
+        fitted(decoder={"depth": 3})
