@@ -17,7 +17,8 @@ Mirror-CFE's images once.
 
 "trimmed": a part of the change to Mirror-CFE's image of k = 1, or to another method's, that suffices
 (`finecf.explainers.trim`); "evenly": the same where all pixels must keep as much of it, a mask of one cell. What they
-stand that they were not made for (a blur of 1.5 pixels, a shift by one, noise of 0.1) is in a table of its own.
+stand that they were not made for (a blur of 1.5 pixels, a shift by one round the edge, noise of 0.1) is in a table of its
+own, as shares of those found.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
 part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
@@ -180,19 +181,19 @@ def along(path: LatentPath, logits: Tensor) -> Tensor:
 
 
 def standing(classifier: Classifier, own: Images, wanted: Tensor) -> dict[str, float]:
-    """The share of those found that are called what they should be after small changes."""
-    images, target = own.images[own.found], wanted[own.found]
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    """Of those found, the share that is called what it should be after small changes."""
+    noise = torch.randn(own.images.shape, generator=torch.Generator().manual_seed(0))  # the same for every method
     shown = {
-        "blur 1": gaussian_blur(images, 1.0),
-        "blur 1.5": gaussian_blur(images, 1.5),
-        "shift 1": images.roll(1, 3),
-        "noise 0.1": images + 0.1 * noise,
+        "blur 1": gaussian_blur(own.images, 1.0),
+        "blur 1.5": gaussian_blur(own.images, 1.5),
+        "shift 1": own.images.roll(1, 3),
+        "noise 0.1": own.images + 0.1 * noise,
     }
-    said = {
-        name: torch.cat([classifier.logits(part).argmax(1) for part in each.split(64)]) for name, each in shown.items()
-    }
-    return {name: float((each == target).double().mean()) for name, each in said.items()}
+    shares = {}
+    for name, images in shown.items():
+        said = torch.cat([classifier.logits(part).argmax(1) for part in images.split(64)])
+        shares[name] = float((said == wanted)[own.found].double().mean())
+    return shares
 
 
 def beside(title: str, own: str, others: list[str], rows: dict[str, Images], scores: Scores) -> Table:

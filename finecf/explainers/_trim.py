@@ -39,9 +39,9 @@ class Trimmed:
             that is not called the target.
         mask: [B,h,w] in [0,1]: how much of the change is kept at the middle of each cell, and bilinearly between them.
         found: bool [B], whether the counterfactual is called the target; so are then the trimmed images.
-        stands: bool [B], whether both are called the target blurred as well. Where the counterfactual is not, no more
-            was asked for than the image's own lead. False without a blur.
-        evaluations: int64 [B], images that the classifier has seen for each.
+        stands: bool [B], whether these are called the target blurred as well; that was asked for where the blurred
+            counterfactual is. False without a blur.
+        evaluations: int64 [B], images that the classifier has seen for each, beside two that tell sizes.
     """
 
     images: Tensor
@@ -94,9 +94,15 @@ def trim(
             free, at most 1 GiB.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or inf, an unknown class or setting, or a model that gives no gradients.
+        TypeError: images that are no floating tensors.
+        ValueError: shapes that do not fit, NaN or inf (also of the model), an unknown class or setting, or a model that
+            gives no gradients.
     """
     classifier = wrapped(classifier)
+    for name, each in (("images", images), ("counterfactuals", counterfactuals)):
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            what = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            raise TypeError(f"{name} must be a floating tensor as the model takes it, got {what}")
     if not isinstance(rounds, SupportsIndex) or operator.index(rounds) < 1:
         raise ValueError(f"rounds is a whole number of at least 1; got {rounds}")
     if not 0 <= blur < math.inf:
@@ -119,15 +125,12 @@ def trim(
         if grid is None:
             height, width = classifier.features(x[:1] if len(x) else x.new_zeros(1, *x.shape[1:])).shape[2:]
             grid = min(height, x.shape[2]), min(width, x.shape[3])
-        if len(grid) != 2 or not (1 <= grid[0] <= x.shape[2] and 1 <= grid[1] <= x.shape[3]):
-            raise ValueError(
-                f"grid has at least one row and column, and no more than the images' {list(x.shape[2:])} pixels; got "
-                f"{grid}"
-            )
+        grid = _checked_grid(grid, x.shape[2:])
         if len(x) == 0:
             none = torch.zeros(0, dtype=torch.bool, device=device)
             return Trimmed(x, x.new_zeros(0, *grid), none, none, none.long())
         change = _Change.of(x, ends, grid)
+        check_gradients(classifier, x[:1])
         if len(x) > 1:  # the first one tells how large a graph is
             with graph_bytes(classifier.model) as held:
                 _leads(classifier, change.rows(slice(1)), wanted[:1], x.new_ones(1, *grid), blur)
@@ -140,6 +143,34 @@ def trim(
             for at in starts
         ]
     return Trimmed(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _checked_grid(grid: object, size: Sequence[int]) -> tuple[int, int]:
+    numbers = list(grid) if isinstance(grid, tuple | list) else []
+    if (
+        len(numbers) != 2
+        or not all(isinstance(each, SupportsIndex) for each in numbers)
+        or not all(1 <= operator.index(each) <= side for each, side in zip(numbers, size, strict=True))
+    ):
+        raise ValueError(
+            f"grid is (rows, columns), at least one of each and at most the images' {list(size)} pixels; got {grid}"
+        )
+    return operator.index(numbers[0]), operator.index(numbers[1])
+
+
+def check_gradients(classifier: Classifier, images: Tensor) -> None:
+    """Refuse a model that gives no gradients, seen on images [n,Ch,H,W].
+
+    Raises:
+        ValueError: it gives none.
+    """
+    with classifier.frozen():
+        said = classifier.encode(images.detach().clone().requires_grad_())[1]
+    if not said.requires_grad:
+        raise ValueError(
+            "what suffices of a change is found by the classifier's gradient, and this model gives none (frozen by "
+            "torch.jit, quantised, or run without gradients): it cannot be trimmed"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +201,11 @@ class _Change:
         return _Change(self.images[chosen], self.ends[chosen], self.down, self.across)
 
     def kept(self, mask: Tensor) -> Tensor:
-        """The images [n,Ch,H,W] with so much of their change."""
-        return self.images.lerp(self.ends, (self.down @ mask @ self.across.T)[:, None].clamp(0, 1))
+        """The images [n,Ch,H,W] with so much of their change.
+
+        The enlarged mask leaves [0,1] by rounding at most; a clamp has no gradient at 0 and 1 in newer torch.
+        """
+        return self.images.lerp(self.ends, (self.down @ mask @ self.across.T)[:, None])
 
     def costs(self) -> Tensor:
         """What a whole cell adds to the mean change, float64 [n,cells]."""
@@ -180,61 +214,71 @@ class _Change:
         return spread.flatten(1) / size[0].numel()
 
 
-def _leads(classifier: Classifier, change: _Change, target: Tensor, mask: Tensor, blur: float) -> tuple[Tensor, Tensor]:
+def _leads(classifier: Classifier, change: _Change, target: Tensor, mask: Tensor, blur: float) -> tuple[Tensor, ...]:
     """By how much the target leads in the images, and in the blurred ones if there is a blur, float64 [n,views], and
-    the gradients by the mask, float64 [n,views,cells].
+    the gradients by the mask, float64 [n,views,cells], and whether the target is the class that is called, bool
+    [n,views]: of equal logits it may be another. All on the CPU, where the search is.
     """
     with classifier.frozen():
-        views = [mask.detach().clone().requires_grad_() for _ in range(1 + (blur > 0))]
+        views = [mask.to(change.images, copy=True).requires_grad_() for _ in range(1 + (blur > 0))]
         shown = [change.kept(each) for each in views]
         if blur:
             shown[1] = gaussian_blur(shown[1], blur)
         said = classifier.encode(torch.cat(shown))[1].double()
-        if not said.requires_grad:
-            raise ValueError(
-                "what suffices of a change is found by the classifier's gradient, and this model gives none (frozen by "
-                "torch.jit, quantised, or run without gradients)"
-            )
         classes = target.repeat(len(views))[:, None]
         ahead = said.gather(1, classes)[:, 0] - said.scatter(1, classes, -math.inf).amax(1)
         slopes = torch.autograd.grad(ahead.sum(), views, allow_unused=True, materialize_grads=True)
-    leads = torch.stack(ahead.detach().chunk(len(views)), 1)
-    return leads, torch.stack(slopes, 1).double().flatten(2).nan_to_num(0, 0, 0)
+    leads, called = (
+        torch.stack(each.detach().chunk(len(views)), 1).cpu() for each in (ahead, said.argmax(1) == classes[:, 0])
+    )
+    return leads, torch.stack(slopes, 1).double().flatten(2).cpu(), called
 
 
 def _trim_at_once(
     classifier: Classifier, change: _Change, target: Tensor, margin: float, blur: float, rounds: int
 ) -> tuple[Tensor, ...]:
     """The fields of `Trimmed`, for images that fit into memory together."""
-    mask = change.images.new_ones(len(target), change.down.shape[1], change.across.shape[1])
-    leads, slopes = _leads(classifier, change, target, mask, blur)
-    found, stands = leads[:, 0] > 0, (leads > 0).all(1) & (blur > 0)
-    evaluations = torch.full_like(target, leads.shape[1])
+    mask = torch.ones(len(target), change.down.shape[1], change.across.shape[1], dtype=torch.float64)
+    leads, slopes, called = _leads(classifier, change, target, mask, blur)
+    if not bool(leads.isfinite().all()):
+        row = int((~leads.isfinite()).any(1).nonzero()[0, 0])
+        raise ValueError(f"the model gives NaN or inf for counterfactual {row} of a batch")
+    found, standing = called[:, 0], called.all(1) & (blur > 0)
+    evaluations = torch.full((len(target),), leads.shape[1])
+    stands = standing.clone()
     rows = found.nonzero()[:, 0]
     if len(rows):
-        own_change, own_target, single = change.rows(rows), target[rows], ~stands[rows]
-        cost, whole = own_change.costs(), _binding(leads[rows], single)
+        on_device = rows.to(target.device)
+        own_change, own_target, single = change.rows(on_device), target[on_device], ~standing[rows]
+        cost, whole = own_change.costs().cpu(), _binding(leads[rows], single)
         needed = margin * whole
-        best = own = mask[rows].double().flatten(1)
+        best = own = torch.where(cost > 0, mask[rows].flatten(1), 0.0)  # what does not change needs no mask
         least = (own * cost).sum(1)
-        lead, slope = whole, _binding(slopes[rows], single)
+        kept_stands = stands[rows]
+        lead, slope = whole, _binding(slopes[rows].nan_to_num(0, 0, 0), single)
         beyond = torch.zeros_like(needed)  # how far leads fell short of what was linear, of late
         for number in range(rounds):
             reach = _FIRST_REACH * (_LAST_REACH / _FIRST_REACH) ** (number / max(1, rounds - 1))
-            last, hoped = own, lead
+            last = own
             own = cheapest_mask(own, lead, slope, cost, reach, needed + beyond)
             hoped = lead + (slope * (own - last)[:, None]).sum(2)
-            shown = own.to(mask.dtype).view(-1, *mask.shape[1:])
-            leads, slopes = _leads(classifier, own_change, own_target, shown, blur)
-            evaluations[rows] += leads.shape[1]
-            lead, slope, spent = _binding(leads, single), _binding(slopes, single), (own * cost).sum(1)
-            beyond = (beyond + (hoped - lead).clamp_min(0)) / 2
+            seen, slopes, called = _leads(classifier, own_change, own_target, own.view(-1, *mask.shape[1:]), blur)
+            evaluations[rows] += seen.shape[1]
+            lead, slope, spent = _binding(seen, single), _binding(slopes, single), (own * cost).sum(1)
             # More than nothing: without a margin an image may stand on the boundary, where rounding decides.
             better = (lead >= needed).all(1) & (lead > 0).all(1) & (spent < least)
             best, least = torch.where(better[:, None], own, best), torch.where(better, spent, least)
-        mask[rows] = best.to(mask.dtype).view(-1, *mask.shape[1:])
-    images = torch.where(found[:, None, None, None], change.kept(mask), change.ends)
-    return images, mask, found, stands, evaluations
+            kept_stands = torch.where(better, called.all(1) & (blur > 0), kept_stands)
+            known = lead.isfinite().all(1) & slope.isfinite().flatten(1).all(1)
+            beyond = torch.where(known[:, None], (beyond + (hoped - lead).clamp_min(0)) / 2, beyond)
+            if not bool(known.all()):  # from there no round leads on
+                own = torch.where(known[:, None], own, best)
+                lead = torch.where(known[:, None], lead, needed)
+                slope = torch.where(known[:, None, None], slope, 0.0)
+        mask[rows], stands[rows] = best.view(-1, *mask.shape[1:]), kept_stands
+    shown = mask.to(change.images)
+    images = torch.where(found.to(shown.device)[:, None, None, None], change.kept(shown), change.ends)
+    return images, shown, *(each.to(shown.device) for each in (found, stands, evaluations))
 
 
 def _binding(values: Tensor, single: Tensor) -> Tensor:
@@ -259,7 +303,9 @@ def cheapest_mask(mask: Tensor, lead: Tensor, slope: Tensor, cost: Tensor, reach
         wanted: [n,views].
     """
     low, high = (mask - reach).clamp_min(0), (mask + reach).clamp_max(1)
-    short = wanted - lead
+    size = slope.abs().sum(2)
+    size = torch.where(size > 0, size, 1.0)  # views in one measure, so that halving their weights leads to both
+    slope, short = slope / size[:, :, None], (wanted - lead) / size
 
     def filled(weight: Tensor) -> Tensor:
         own_slope, own_short = (weight[:, :, None] * slope).sum(1), (weight * short).sum(1)

@@ -43,7 +43,7 @@ from finecf.explainers._shared import (
     versions,
     wrapped,
 )
-from finecf.explainers._trim import Trimmed, trim
+from finecf.explainers._trim import BLUR, MARGIN, Trimmed, check_gradients, trim
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -753,6 +753,8 @@ class MirrorCFE:
             said = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
             own, wanted = self._classes(said, source, target)
             self._check_pairs(own, wanted)
+            if trim:
+                check_gradients(self.classifier, x[:1])
             # The strip of an image, drawn and encoded again, is what takes memory.
             strip = 4 * (len(k) + 3) * x[0].numel() * x.element_size()
             size = max(1, min(self.micro_batch, self.budget // strip))
@@ -801,8 +803,11 @@ class MirrorCFE:
         blank, blank_logits = drawn_at(0.0)
         mirror, mirror_logits = drawn_at(1.0)
         errors = (torch.stack(strip_latents, 1) - path.latents).abs().mean(-1).double()
-        less = self._trim(x, mirror, canvas.target) if trimming else None
-        shares = None if less is None else _size_of(less.images - x) / _size_of(mirror - x)
+        less = self._trim(x, mirror, canvas) if trimming else None
+        shares = None
+        if less is not None:
+            whole = _size_of(mirror - x)
+            shares = torch.where(whole > 0, _size_of(less.images - x) / whole, 0.0)  # of nothing nothing is needed
         seconds = (time.perf_counter() - started) / len(x)
         before = drawing.logits.double().softmax(1)
         results = []
@@ -859,13 +864,17 @@ class MirrorCFE:
                     trimmed_image=less.images[b].cpu() if less is not None and cut else None,
                     trimmed_mask=less.mask[b].cpu() if less is not None and cut else None,
                     trimmed_share=float(shares[b]) if shares is not None and cut else None,
+                    trimmed_margin=MARGIN if cut else None,
+                    trimmed_blur=BLUR if cut else None,
                     trimmed_stands=bool(less.stands[b]) if less is not None and cut else None,
                 )
             )
         return results
 
-    def _trim(self, x: Tensor, ends: Tensor, target: Tensor) -> Trimmed:
-        return trim(self.classifier, x, ends, target, micro_batch=self.micro_batch, memory_budget=self.budget)
+    def _trim(self, x: Tensor, ends: Tensor, canvas: Canvas) -> Trimmed:
+        grid = (int(canvas.features.shape[2]), int(canvas.features.shape[3]))
+        limits = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
+        return trim(self.classifier, x, ends, canvas.target, grid=grid, **limits)
 
     def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> _Drawing:
         if decoder.shape.skips:

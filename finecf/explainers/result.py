@@ -505,7 +505,9 @@ class MirrorExplanation(Explanation):
             `mirror_image` is not the target.
         trimmed_mask: [h,w] in [0,1], how much of the change is kept at the middle of each cell of the map.
         trimmed_share: that image's mean absolute change as a share of `mirror_image`'s.
-        trimmed_stands: whether the trimmed image is the target blurred by a pixel too.
+        trimmed_margin: the share of the target's lead that was to be kept.
+        trimmed_blur, trimmed_stands: a standard deviation in pixels, and whether the trimmed image is the target
+            blurred by it too.
     """
 
     kind: ClassVar[str] = "mirror"
@@ -534,6 +536,8 @@ class MirrorExplanation(Explanation):
     trimmed_image: Tensor | None = None
     trimmed_mask: Tensor | None = None
     trimmed_share: float | None = None
+    trimmed_margin: float | None = None
+    trimmed_blur: float | None = None
     trimmed_stands: bool | None = None
 
     def _outcome(self) -> str:
@@ -608,7 +612,7 @@ class MirrorExplanation(Explanation):
             part = float((self.trimmed_image - self.prepared).abs().mean())
             lines.append(
                 f"  {self.trimmed_share:.0%} of the change to the image of k = 1 suffices, mean pixel change {part:.3f}"
-                f"{', blurred by a pixel too' if self.trimmed_stands else ', but not blurred by a pixel'}"
+                f", {'also' if self.trimmed_stands else 'but not'} where it is blurred by {self.trimmed_blur:g} pixels"
             )
         if self.taken_at_once:
             lines.append(

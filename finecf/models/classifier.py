@@ -264,7 +264,7 @@ class Classifier:
             raise ValueError(
                 "this needs the model's gradients, and its weights were made in inference mode, which gives none: "
                 "build and load the model outside torch.inference_mode() (MirrorCFE draws without gradients with "
-                "corrections=0)"
+                "corrections=0 and no trim)"
             )
         with self.eval_mode(), input_gradients(self.model):
             yield

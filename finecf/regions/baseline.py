@@ -47,7 +47,9 @@ def blur_every_second(images: Tensor, sigma: float, first: int) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian over the last two axes of [B,C,H,W], cut at 3 sigma, borders replicated."""
+    """Separable Gaussian over the last two axes of floating [B,C,H,W], cut at 3 sigma, borders replicated."""
+    if not images.is_floating_point():
+        raise TypeError(f"a blur needs floating images, got {images.dtype}")
     across, along = (_blur_matrix(side, sigma, images) for side in images.shape[-2:])
     # As products of matrices: convolutions of one channel run far slower on CPUs, their gradients slower still.
     return across @ images @ along.T

@@ -17,7 +17,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import finecf
-from finecf.explainers import Trimmed, trim
+from finecf.explainers import Trimmed, _trim, trim
 from finecf.explainers._trim import cheapest_mask
 from finecf.regions.baseline import gaussian_blur
 
@@ -46,7 +46,8 @@ def sizes(change: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("reach", [0.1, 0.5, 1.0])
-def test_a_round_is_the_linear_programme(views: int, reach: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_round_is_the_linear_programme(views: int, reach: float, scale: float) -> None:
     draws = torch.Generator().manual_seed(views)
     rows, cells = 24, 9
     mask = torch.rand(rows, cells, generator=draws).double()
@@ -54,7 +55,8 @@ def test_a_round_is_the_linear_programme(views: int, reach: float) -> None:
     cost = torch.rand(rows, cells, generator=draws).double()
     lead = torch.randn(rows, views, generator=draws).double()
     wanted = lead + 0.5 * torch.randn(rows, views, generator=draws).double()
-    found = cheapest_mask(mask, lead, slope, cost, reach, wanted)
+    sized = torch.tensor([scale, 1.0][:views], dtype=torch.float64)  # views may be of different measures
+    found = cheapest_mask(mask, lead * sized, slope * sized[:, None], cost, reach, wanted * sized)
     solved = 0
     for row in range(rows):
         bounds = [(max(0, float(at) - reach), min(1, float(at) + reach)) for at in mask[row]]
@@ -91,30 +93,81 @@ def test_cells_without_cost_or_slope_are_no_trouble() -> None:
 
 
 def test_of_a_linear_model_the_least_change_is_found() -> None:
-    """Where the lead is linear in the image, one round is the whole answer."""
+    """The lead is linear in the mask, and some cells change a colour that does not count."""
     classifier = mosaic()
-    x, y = coloured((0.8, 0.3, 0.2), (0.3, 0.7, 0.4)), coloured((0.2, 0.9, 0.3), (0.9, 0.2, 0.1))
-    y[:, :, : SIDE // 2] = (y[:, :, : SIDE // 2] + x[:, :, : SIDE // 2]) / 2
+    x, y = coloured((0.8, 0.3, 0.2), (0.3, 0.7, 0.4)), coloured((0.2, 0.9, 0.2), (0.9, 0.2, 0.4))
+    y[:, 2] += torch.linspace(0.0, 0.5, SIDE, device=DEVICE)
+    y[:, 2, ::2] += 0.2
     target = torch.tensor([1, 0])
     found = trim(classifier, x, y, target, blur=0.0, margin=0.2)
     assert found.found.all()
     wanted = 0.2 * leads(classifier, y, target)
-    got = leads(classifier, found.images, target)
-    assert (got >= wanted - 1e-6).all()
-    enlarge = torch.stack(
-        [
-            nn.functional.interpolate(each, SIDE, mode="bilinear", align_corners=False)[0, 0]
-            for each in torch.eye(16).view(16, 1, 1, 4, 4)
-        ]
-    ).double()
+    assert (leads(classifier, found.images, target) >= wanted - 1e-5).all()
+    cells = torch.eye(16).view(16, 1, 4, 4)
+    enlarge = nn.functional.interpolate(cells, SIDE, mode="bilinear", align_corners=False)[:, 0].double()
     for row, (label, other) in enumerate(((1, 0), (0, 1))):
         change = (y[row] - x[row]).double().cpu()
         cost = (enlarge * change.abs().mean(0)).mean((1, 2))
         gain = 8 * (enlarge * (change[label] - change[other])).mean((1, 2))
-        start = leads(classifier, x[row : row + 1], target[row : row + 1])
-        best = linprog(cost.numpy(), -gain.numpy()[None], [float(start[0] - wanted[row])], bounds=[(0, 1)] * 16)
+        assert float((gain / cost).max()) > 1.2 * float((gain / cost).min())
+        start = float(leads(classifier, x, target)[row] - wanted[row])
+        best = linprog(cost.numpy(), -gain.numpy()[None], [start], bounds=[(0, 1)] * 16)
         assert best.status == 0
-        assert float(sizes(found.images - x)[row]) == pytest.approx(best.fun, rel=0.02)
+        assert float(sizes(found.images - x)[row]) == pytest.approx(best.fun, rel=1e-3)
+        np.testing.assert_allclose(found.mask[row].flatten().cpu().numpy(), best.x, atol=0.02)
+
+
+def test_slopes_are_those_of_the_leads_at_the_whole_change_too() -> None:
+    classifier = wrapped(GapNet().double())
+    x, y, target = ends(classifier)
+    change = _trim._Change.of(x.double(), y.double(), (4, 4))
+    for start in (1.0, 0.6, 0.0):
+        mask = torch.full((len(x), 4, 4), start, dtype=torch.float64)
+        at, slopes, _ = _trim._leads(classifier, change, target, mask, 0.8)
+        step = -1e-6 if start else 1e-6
+        for cell in (0, 6, 15):
+            moved = mask.clone()
+            moved.flatten(1)[:, cell] += step
+            there, _, _ = _trim._leads(classifier, change, target, moved, 0.8)
+            torch.testing.assert_close((there - at) / step, slopes[:, :, cell], rtol=1e-2, atol=1e-3)
+        assert float(slopes.abs().amax()) > 0.05
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_the_cheapest_mask_that_was_seen_to_suffice_is_kept(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    ask = _trim._leads
+
+    def spy(classifier: finecf.Classifier, change: Any, target: Tensor, mask: Tensor, blur: float) -> Any:
+        found = ask(classifier, change, target, mask, blur)
+        seen.append((mask.clone(), found[0]))
+        return found
+
+    monkeypatch.setattr(_trim, "_leads", spy)
+    classifier = wrapped()
+    x, y, target = ends(classifier, 40)
+    found = trim(classifier, x, y, target, margin=margin, blur=0.8)
+    change = _trim._Change.of(x, y, (4, 4))
+    tries = seen[1:]  # the first one tells how large a graph is
+    assert len(tries) == 21
+    whole = tries[0][1]
+    binding = whole > 0
+    binding[:, 0] = True
+    cost = change.costs().cpu()
+    left, spent = 0, []
+    for row in range(len(x)):
+        enough = [
+            number
+            for number, (_, each) in enumerate(tries)
+            if (each[row] >= margin * whole[row])[binding[row]].all() and (each[row] > 0)[binding[row]].all()
+        ]
+        costs = [float((tries[number][0][row].flatten() * cost[row]).sum()) for number in enough]
+        spent.append(min(costs))
+        left += costs[-1] > min(costs)
+        best = tries[enough[costs.index(min(costs))]][0][row]
+        torch.testing.assert_close(found.mask[row].cpu().double(), best, rtol=0, atol=1e-6)
+    assert left  # the last one is not always it
+    torch.testing.assert_close(sizes(found.images - x).cpu().double(), torch.tensor(spent).double(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.8])
@@ -132,8 +185,9 @@ def test_what_is_kept_suffices_and_is_a_part(blur: float, margin: float) -> None
     assert (classifier.logits(found.images).argmax(1) == target).all()
     assert bool(found.stands.any()) == (blur > 0)
     if blur:
-        stands = found.stands.cpu()
-        assert torch.equal(stands, leads(classifier, y, target, blur) > 0)
+        assert torch.equal(found.stands.cpu(), leads(classifier, found.images, target, blur) > 0)
+        stands = leads(classifier, y, target, blur) > 0
+        assert (found.stands.cpu() | ~stands).all()
         own, whole = (leads(classifier, each, target, blur)[stands] for each in (found.images, y))
         assert (own >= margin * whole - 1e-4).all()
         assert (own > 0).all()
@@ -204,7 +258,12 @@ def test_where_blurring_undoes_it_the_image_alone_counts() -> None:
 def test_batches_and_budgets_change_nothing(split: dict[str, int]) -> None:
     classifier = wrapped(GapNet().double())
     x, y, target = (each.double() if each.is_floating_point() else each for each in ends(wrapped()))
-    whole, parts = trim(classifier, x, y, target), trim(classifier, x, y, target, **split)
+    whole = trim(classifier, x, y, target)
+    sizes_seen: list[int] = []
+    handle = classifier.model.register_forward_pre_hook(lambda _, inputs: sizes_seen.append(len(inputs[0])))
+    parts = trim(classifier, x, y, target, **split)
+    handle.remove()
+    assert max(sizes_seen) == 2 * (2 if "micro_batch" in split else 1)
     single = trim(classifier, x[1:2], y[1:2], target[1:2])
     torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-9)
     torch.testing.assert_close(whole.images[1:2], single.images, rtol=0, atol=1e-9)
@@ -238,6 +297,29 @@ def test_slopes_that_are_no_numbers_keep_what_was_found() -> None:
     assert found.found.all()
     assert found.images.isfinite().all()
     assert (classifier.logits(found.images).argmax(1) == target).all()
+    assert float(found.mask.mean()) < 0.9
+
+
+def test_a_model_that_gives_nan_is_told_of() -> None:
+    class Odd(GapNet):
+        def forward(self, x: Tensor) -> Tensor:
+            said = super().forward(x)
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0.99, torch.nan, said)
+
+    classifier = wrapped(Odd())
+    x, y, target = ends(wrapped())
+    y[2] = 1.0
+    with pytest.raises(ValueError, match="the model gives NaN or inf for counterfactual 2 of a batch"):
+        trim(classifier, x, y, target)
+
+
+def test_where_nothing_changes_nothing_is_needed() -> None:
+    classifier = wrapped()
+    x = pictures(4)
+    found = trim(classifier, x, x.clone(), classifier.logits(x).argmax(1))
+    assert found.found.all()
+    assert not found.mask.any()
+    assert torch.equal(found.images, x)
 
 
 def test_no_images_are_trimmed_to_none() -> None:
@@ -253,8 +335,13 @@ def test_no_images_are_trimmed_to_none() -> None:
         ({"rounds": 2.5}, "rounds is a whole number"),
         ({"blur": -1.0}, "blur is a standard deviation in pixels, at least 0; got -1.0"),
         ({"margin": 1.0}, r"margin is a share of the lead, at least 0 and less than 1; got 1.0"),
-        ({"grid": (0, 4)}, r"grid has at least one row and column, and no more than the images' \[16, 16\] pixels"),
-        ({"grid": (4, 17)}, "grid has at least one row and column"),
+        (
+            {"grid": (0, 4)},
+            r"grid is \(rows, columns\), at least one of each and at most the images' \[16, 16\] pixels",
+        ),
+        ({"grid": (4, 17)}, "grid is"),
+        ({"grid": 4}, "grid is .*; got 4"),
+        ({"grid": (4.0, 4.0)}, "grid is"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"memory_budget": 0}, "memory_budget must be a positive number"),
         ({"target": [0]}, "target must be one class, or one for each of the 3 images; got 1"),
@@ -270,6 +357,19 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
         trim(wrapped(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": pictures(3).byte()}, "images must be a floating tensor as the model takes it, got torch.uint8"),
+        ({"counterfactuals": pictures(3).cpu().numpy()}, "counterfactuals must be a floating tensor .* got ndarray"),
+    ],
+)
+def test_what_is_no_image_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"images": pictures(3), "counterfactuals": pictures(3, seed=4), "target": 0} | change
+    with pytest.raises(TypeError, match=message):
+        trim(wrapped(), **arguments)
+
+
 def test_a_model_without_gradients_is_refused() -> None:
     class Cut(GapNet):
         def forward(self, x: Tensor) -> Tensor:
@@ -279,6 +379,22 @@ def test_a_model_without_gradients_is_refused() -> None:
     x, y, target = ends(classifier)
     with pytest.raises(ValueError, match="found by the classifier's gradient, and this model gives none"):
         trim(classifier, x, y, target)
+
+
+def test_an_explainer_says_so_before_it_draws() -> None:
+    mirror, _ = fitted()
+    x = pictures(4)
+    target = others(mirror.classifier, x)
+    with torch.inference_mode():
+        classifier = wrapped(GapNet())
+    still = finecf.MirrorCFE(classifier, mirror.decoder, corrections=0)
+    drawn: list[int] = []
+    handle = mirror.decoder.register_forward_pre_hook(lambda *_: drawn.append(1))
+    with pytest.raises(ValueError, match="corrections=0 and no trim"):
+        still.explain(x, target, trim=True)
+    assert not drawn
+    assert len(still.explain(x, target, steps=2)) == 4
+    handle.remove()
 
 
 # ---- of Mirror-CFE's images
@@ -292,6 +408,7 @@ def test_explanations_hold_what_suffices(options: dict[str, Any], tmp_path: Path
     without, found = (mirror.explain(x, target, steps=3, trim=trimming) for trimming in (False, True))
     reached = [each.mirror_valid for each in found]
     assert 3 < sum(reached) < 24
+    assert {(each.trimmed_margin, each.trimmed_blur) for each in found if each.mirror_valid} == {(0.1, 1.0)}
     for plain, each, valid in zip(without, found, reached, strict=True):
         assert torch.equal(plain.images, each.images)
         assert plain.trimmed_image is plain.trimmed_mask is plain.trimmed_share is plain.trimmed_stands is None
@@ -310,7 +427,23 @@ def test_explanations_hold_what_suffices(options: dict[str, Any], tmp_path: Path
         part, whole = (sizes((own - each.prepared)[None]) for own in (each.trimmed_image, each.mirror_image))
         assert each.trimmed_share == pytest.approx(float(part / whole), abs=1e-5)
         assert f"{each.trimmed_share:.0%} of the change to the image of k = 1 suffices" in each.summary()
+        word = "also" if each.trimmed_stands else "but not"
+        assert f"{word} where it is blurred by 1 pixels" in each.summary()
         back = finecf.load(each.save(tmp_path / "one.safetensors"))
         assert isinstance(back, finecf.MirrorExplanation)
         assert torch.equal(back.trimmed_image, each.trimmed_image)
         assert (back.trimmed_share, back.trimmed_stands) == (each.trimmed_share, each.trimmed_stands)
+
+
+def test_where_a_decoder_draws_nothing_nothing_is_needed() -> None:
+    mirror, _ = fitted(pairs=None, **CHANGE)
+    with torch.no_grad():
+        for each in mirror.decoder.parameters():
+            each.zero_()
+    x = pictures(3)
+    predicted = mirror.classifier.logits(x).argmax(1)
+    found = mirror.explain(x, predicted, steps=2, source=others(mirror.classifier, x), trim=True)
+    for each in found:
+        assert torch.equal(each.mirror_image, each.prepared)
+        assert each.trimmed_share == 0
+        assert "0% of the change to the image of k = 1 suffices" in each.summary()

@@ -20,3 +20,8 @@ def test_hardly_any_blur_leaves_an_image_as_it_is():
     """The square of such a standard deviation is 0 in single precision."""
     images = torch.rand(1, 1, 5, 5)
     assert torch.equal(gaussian_blur(images, 1e-30), images)
+
+
+def test_integers_are_not_blurred() -> None:
+    with pytest.raises(TypeError, match=r"a blur needs floating images, got torch.uint8"):
+        gaussian_blur(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1.0)
