@@ -17,8 +17,8 @@ Mirror-CFE's images once.
 
 "trimmed": a part of the change to Mirror-CFE's image of k = 1, or to another method's, that suffices
 (`finecf.explainers.trim`); "evenly": the same where all pixels must keep as much of it, a mask of one cell. What they
-stand that they were not made for (a blur of 1.5 pixels, a shift by one round the edge, noise of 0.1) is in a table of its
-own, as shares of those found.
+stand that they were not made for (a blur of 1.5 pixels, a shift by one round the edge, noise of 0.1) is in a table of
+its own, as shares of those found.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
 part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
