@@ -49,7 +49,7 @@ BETWEEN: Final = 0.07
 """Inches between two images of the strip."""
 LARGEST: Final = 1.5
 """Inches that an image of a short strip is wide at most."""
-PICTURES_WIDTH: Final = {3: 7.6, 4: 8.2, 5: 8.8}
+PICTURES_WIDTH: Final = {3: 7.6, 4: 8.2, 5: 8.4}
 """Inches that the pictures of the lower row take together, by their number."""
 SMALL_PRINT: Final = (
     "k moves the features that the model reads along a straight line: from those of the image (0) over the boundary "
