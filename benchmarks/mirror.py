@@ -9,11 +9,10 @@ the family). Each method is scored at its first image that is called the target,
 until source and target have swapped their logits' distance. "denoised": after a Gaussian blur of sigma 1, kernel 7.
 Latent error: mean over channels of |z - Fe(x)|, z being the latent that the image was drawn from; for PGD, real and
 trimmed images, which have none, the one of Mirror-CFE's path at which source and target are as far apart as in the
-image. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of
-the largest change of a pixel; "PGD blur" is done only when the blurred image is the target as well. "nearest real
-image": of those among which the interpolation looks for its end, the one of the target class that is nearest in pixels;
-its FID compares real images with a set that holds them. The interpolation is not corrected; --corrections 0 draws
-Mirror-CFE's images once.
+image. "PGD l2" keeps to a ball of the Euclidean norm, "PGD" to one of the largest change of a pixel; "PGD blur" is done
+only when the blurred image is the target as well. "nearest real image": of those among which the interpolation looks
+for its end, the one of the target class that is nearest in pixels; its FID compares real images with a set that holds
+them. The interpolation is not corrected; --corrections 0 draws Mirror-CFE's images once.
 
 "trimmed": a part of the change to Mirror-CFE's image of k = 1, or to another method's, that suffices
 (`finecf.explainers.trim`); "evenly": the same where all pixels must keep as much of it, a mask of one cell. What they
@@ -91,6 +90,11 @@ BLURS = (0.7, 1.0, 1.5)
 Scores = dict[str, CounterfactualScores]
 
 
+def logits_of(classifier: Classifier, images: Tensor) -> Tensor:
+    """Logits [B,C], a few images at a time."""
+    return torch.cat([classifier.logits(part) for part in images.split(64)])
+
+
 @dataclass
 class Images:
     """What one method gives: images [B,Ch,H,W], whether each was found, and the latents they stand for."""
@@ -123,7 +127,7 @@ def chosen_images(
         partner.setdefault(p, q)
     for p, q in sorted(pairs):
         partner.setdefault(q, p)
-    predicted = torch.cat([classifier.logits(part).argmax(1) for part in pictures.split(64)])
+    predicted = logits_of(classifier, pictures).argmax(1)
     known = torch.tensor([int(label) in partner for label in labels])
     numbers = ((predicted == labels) & known).nonzero()[:, 0]
     if options.validation and on == "fashion":
@@ -191,7 +195,7 @@ def standing(classifier: Classifier, own: Images, wanted: Tensor) -> dict[str, f
     }
     shares = {}
     for name, images in shown.items():
-        said = torch.cat([classifier.logits(part).argmax(1) for part in images.split(64)])
+        said = logits_of(classifier, images).argmax(1)
         shares[name] = float((said == wanted)[own.found].double().mean())
     return shares
 
@@ -213,7 +217,7 @@ def beside(title: str, own: str, others: list[str], rows: dict[str, Images], sco
 
 def kept(classifier: Classifier, images: Tensor, wanted: Tensor, sigma: float) -> float:
     """The share of images that are called what they should be, blurred."""
-    said = torch.cat([classifier.logits(part).argmax(1) for part in gaussian_blur(images, sigma).split(64)])
+    said = logits_of(classifier, gaussian_blur(images, sigma)).argmax(1)
     return float((said == wanted).double().mean())
 
 
@@ -265,7 +269,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     path = mirror.latent_path(x, target, steps=2)
     start = path.latents[:, 0]
     first, end = mirrored(found, path, start)
-    logits = torch.cat([classifier.logits(part) for part in x.split(64)])
+    logits = logits_of(classifier, x)
     gaps = logits.max(1).values - logits.gather(1, target[:, None])[:, 0]
     quick = pgd(classifier, x, target)
     far = pgd(classifier, x, target, margin=float(gaps.median()))
@@ -284,11 +288,9 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
 
     def placed(images: Tensor, found: Tensor) -> Images:
         """Images of no latent, with that of their place on the path."""
-        said = torch.cat([classifier.logits(part) for part in images.split(64)])
-        return Images(images, found, along(path, said))
+        return Images(images, found, along(path, logits_of(classifier, images)))
 
-    whole = {
-        "Mirror-CFE": end,
+    alike = {
         "PGD blur": placed(robust.images, robust.found),
         "nearest real image": placed(real.images, everywhere),
     }
@@ -296,7 +298,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     less = {"Mirror-CFE, trimmed": trim(classifier, x, end.images, target)}
     trimming = (time.perf_counter() - started) / len(x)
     less["Mirror-CFE, evenly"] = trim(classifier, x, end.images, target, grid=(1, 1))
-    less |= {f"{name}, trimmed": trim(classifier, x, whole[name].images, target) for name in list(whole)[1:]}
+    less |= {f"{name}, trimmed": trim(classifier, x, own.images, target) for name, own in alike.items()}
     smaller = {name: placed(each.images, each.found) for name, each in less.items()}
     rows = {
         "Mirror-CFE, first": first,
@@ -305,13 +307,13 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "PGD, first": placed(quick.images, quick.found),
         "PGD, driven on": placed(far.images, far.found),
         "PGD l2, first": placed(euclidean.images, euclidean.found),
-        "PGD blur, first": whole["PGD blur"],
+        "PGD blur, first": alike["PGD blur"],
     }
     for name, line in lines.items():
         way = line.k.nan_to_num(1.0)[:, None] * (toward - start.double())
         rows[f"{name}, first"] = Images(line.images, line.found, start.double() + way)
         rows[f"{name}, k = 1"] = Images(line.strip[:, -1], everywhere, toward)
-    rows["nearest real image"] = whole["nearest real image"]
+    rows["nearest real image"] = alike["nearest real image"]
     others = [name for name in rows if not name.startswith("Mirror-CFE") and not name.endswith(("k = 1", "driven on"))]
     every = rows | smaller
     of_targets = references[torch.isin(labels, target.unique())]
@@ -346,7 +348,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
             **standing(classifier, every[name], target),
         }
     parts.columns = list(parts.rows["Mirror-CFE, trimmed"])
-    called = torch.cat([classifier.logits(part).argmax(1) for part in x.split(64)])
+    called = logits_of(classifier, x).argmax(1)
     blurred = Table(f"{on}: share of images that keep their class under a blur", [])
     for name, images, wanted in (("the images themselves", x, called), ("Mirror-CFE, k = 1", end.images, target)):
         blurred.rows[name] = {f"{sigma:g} pixels": kept(classifier, images, wanted, sigma) for sigma in BLURS}
@@ -421,7 +423,7 @@ def redrawn(
     """How far the images are from the ground-truth counterfactual, which the generator draws."""
     birds, items, true = redrawn_birds(numbers, target, options)
     differing = float(redraw_distances(birds, items, x, true, target).differing.nanmean())
-    recognised = torch.cat([classifier.logits(part).argmax(1) for part in true.split(64)]) == target
+    recognised = logits_of(classifier, true).argmax(1) == target
     table = Table("birds: against the redrawn counterfactual", [])
     for name, images in drawn.items():
         scores = redraw_distances(birds, items, x, images, target)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import rich
 import torch
 import torch.nn.functional as F
-from mirror import birds_options, chosen_images, nearer, redrawn_birds
+from mirror import birds_options, chosen_images, logits_of, nearer, redrawn_birds
 from torch import Tensor
 
 from finecf.metrics import redraw_distances
@@ -135,7 +135,7 @@ def main() -> None:
 
     for share in (0.25, 0.5, 0.75, 1.0):
         blended = x.lerp(true, share)
-        said = torch.cat([classifier.logits(part).argmax(1) for part in blended.split(64)])
+        said = logits_of(classifier, blended).argmax(1)
         enter(f"{share:g} of the way to the redrawn bird", blended, said == target)
     differs = ((true - x).abs().amax(1, keepdim=True) > 1.5 / 255).float()
     told = F.max_pool2d(differs, 2 * REACH + 1, 1, REACH)

@@ -41,7 +41,7 @@ class Trimmed:
         found: bool [B], whether the counterfactual is called the target; so are then the trimmed images.
         stands: bool [B], whether these are called the target blurred as well; that was asked for where the blurred
             counterfactual is. False without a blur.
-        evaluations: int64 [B], images that the classifier has seen for each, beside two that tell sizes.
+        evaluations: int64 [B], images that the classifier has seen for each, but for a few that tell sizes.
     """
 
     images: Tensor
@@ -78,7 +78,7 @@ def trim(
     linear programming in a shrinking box. Nothing shows that there is no cheaper one.
 
     The result is a blend of two pictures and nothing that a decoder drew. It is where the classifier is moved most for
-    the least change, so small margins and fine grids make adversarial patterns of it.
+    the least change: the finer the grid, the nearer that is to an attack on single pixels.
 
     Args:
         classifier: what `finecf.wrap` returned.
