@@ -12,7 +12,6 @@ the redrawn bird. Columns are those of `benchmarks/mirror.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import rich
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from mirror import birds_options, chosen_images, logits_of, nearer, redrawn_birds
 from torch import Tensor
 
+from finecf.explainers._shared import lead_of
 from finecf.metrics import redraw_distances
 from finecf.metrics.tables import Table
 from finecf.models import Classifier
@@ -101,8 +101,7 @@ def lead(
         changed = change([own[rows] for own in parameters], images[rows], place[rows]).clamp(0, 1)
         with classifier.frozen():
             _, logits = classifier.encode(changed)
-        wanted = logits.gather(1, target[rows, None])[:, 0]
-        short = logits.scatter(1, target[rows, None], -math.inf).amax(1) - wanted
+        short = -lead_of(logits, target[rows])
         over = short.detach() < 0
         led[rows[over]], found[rows[over]] = changed.detach()[over], True
         if number == steps:

@@ -79,6 +79,14 @@ class Stopwatch:
         }
 
 
+def real_data() -> Path:
+    """The folder of photographs, models and weights; ends the program where it is not there."""
+    root = Path(os.environ.get("FINECF_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
+    if not (root / "mobilenet_v2.py").is_file():
+        sys.exit(f"no real data at {root}: set FINECF_REALDATA to the folder that holds mobilenet_v2.py and birds/")
+    return root
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, help="explain only the first N mistakes")
@@ -91,9 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    root = Path(os.environ.get("FINECF_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
-    if not (root / "mobilenet_v2.py").is_file():
-        sys.exit(f"no real data at {root}: set FINECF_REALDATA to the folder that holds mobilenet_v2.py and birds/")
+    root = real_data()
     photographs = ImageFolderDataset(root / "birds" / "images", size=224)
     clf = finecf.wrap(load_model(root / "mobilenet_v2.py"), class_names=photographs.class_names)
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import Any
 
 import rich
 import torch
+from real_birds import real_data
 from torch import Tensor
 
 import finecf
@@ -124,9 +123,7 @@ def evaluate(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    root = Path(os.environ.get("FINECF_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
-    if not (root / "mobilenet_v2.py").is_file():
-        sys.exit(f"no real data at {root}: set FINECF_REALDATA to the folder that holds mobilenet_v2.py and birds/")
+    root = real_data()
     part, parts = (int(number) for number in arguments.part.split("/"))
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if arguments.again:

@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader
 import finecf
 from finecf.data import Digits, ImageFolderDataset, LabelledImages, SyntheticBirds, digits
 from finecf.explainers import FGVCE, PRESETS, SMDL, FGVCEExplanation, MirrorCFE
+from finecf.explainers._mirror_fit import PRECISIONS, checked_checkpoint, checked_weights
 from finecf.explainers._reflection import REFLECTIONS
+from finecf.explainers._shared import one_of
 from finecf.explainers.fgvce import MICRO_BATCH
 from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.explainers.smdl import BASELINES, SEARCHES
@@ -47,10 +49,12 @@ from finecf.training import (
     load_digits_net,
     shipped_decoder,
     train_birds,
+    train_decoder,
     train_digits,
     train_fashion,
     train_mirror,
 )
+from finecf.training.train import thread_count
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,6 +86,9 @@ OPTIONS_OF = {
     "mirror": ("decoder", "steps", "reflection", "corrections", "trim"),
 }
 """The options of `explain` that only one method has."""
+OF_OWN = ("weights", "pair", "labels", "layer", "size", "normalise", "device", "learning_rate", "reflection")
+OF_SHIPPED = ("on", "classifier", "images", "workers")
+"""The options of `train` that need --model, and those that it excludes."""
 EVALUATE_IMAGES = 20_000
 SLOW_HEAD_EDITS = 10
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -100,7 +107,8 @@ def _sentences(command: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         try:
             return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ImportError) as error:
+        # A FloatingPointError is a training that became NaN.
+        except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
             Console(stderr=True, highlight=False).print(f"[bold red]finecf:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as stop:
@@ -315,51 +323,89 @@ def evaluate(
 @app.command()
 @_sentences
 def train(
+    context: typer.Context,
     what: Annotated[str, typer.Argument(help="birds, digits, fashion, or mirror (a decoder for Mirror-CFE).")],
     out: Annotated[Path | None, typer.Option(help="The checkpoint to write; default: birds.safetensors, ...")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Not for mirror.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images to train on (birds, mirror).")] = None,
-    data: Annotated[Path | None, typer.Option(help="Where fashion_mnist.npz is.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where fashion_mnist.npz is; with --model the folder of images, a subfolder for each class."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="The same number gives the same weights.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="The same number gives the same weights; default: 1, with --model as many as torch."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw birds.")] = 0,
     on: Annotated[str, typer.Option(help="mirror: digits, birds or fashion.")] = "digits",
     classifier: Annotated[Path | None, typer.Option(help="mirror: a net's file, instead of the shipped one.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="mirror: steps of the optimiser.")] = None,
     weight: Annotated[
-        list[str] | None, typer.Option(help="mirror: a loss's weight, as in triangulation=0; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--loss-weight", "--weight", help="mirror: a loss's weight, as in triangulation=0; may be repeated."
+        ),
     ] = None,
     spatial_prior: Annotated[bool, typer.Option(help="mirror: whether only cells of evidence may change.")] = True,
     previews: Annotated[
         Path | None, typer.Option(help="mirror: a folder for strips of images, one every 500 steps.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="mirror: your own, torchvision:NAME or FILE.py:FUNCTION, as for explain.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --model: its state dict.")] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="With --model: classes to lead between, A=B; may be repeated. Default: those it confuses."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="With --model: class names, one a line, as for explain.")] = None,
+    layer: Annotated[str | None, typer.Option(help="With --model: the layer whose map is read.")] = None,
+    size: Annotated[int, typer.Option(min=8, help="With --model: side in pixels of the images.")] = 224,
+    normalise: Annotated[str, typer.Option(help="With --model: imagenet, none, or auto, as for explain.")] = "auto",
+    device: Annotated[str, typer.Option(help="With --model: cpu, cuda, or cuda:N.")] = "cpu",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="With --model: of the optimiser; default: the recipe's.")
+    ] = None,
+    reflection: Annotated[
+        str | None, typer.Option(help=f"With --model: {', '.join(REFLECTIONS)}; default: closed_form.")
+    ] = None,
 ) -> None:
-    """Train the small networks that ship with finecf, or a decoder; an interrupted training goes on from its file."""
-    settings: dict[str, Any] = {"seed": seed, "precision": precision, "threads": threads, "progress": True}
+    """Train the small networks that ship with finecf, or a decoder for them or for your own model; an interrupted
+    training goes on from its file.
+    """
+    _check_training(what, model, context)
     path = out or Path(f"{what}.safetensors")
+    settings: dict[str, Any] = {"seed": seed, "precision": precision, "progress": True}
     if what == "mirror":
         if epochs is not None:
             raise ValueError("train mirror counts steps, not epochs: give --steps")
         named = [each.partition("=") for each in weight or []]
         try:
-            weights = {name: float(value) for name, _, value in named}
+            losses = {name: float(value) for name, _, value in named}
         except ValueError:
-            raise ValueError(f"--weight takes a loss and a number, as in triangulation=0; got {weight}") from None
-        meta = train_mirror(
-            on,
-            path,
-            data,
-            classifier,
-            steps=steps,
-            images=images,
-            weights=weights,
-            spatial_prior=spatial_prior,
-            previews=previews,
-            **settings,
-        )
+            raise ValueError(f"--loss-weight takes a loss and a number, as in triangulation=0; got {weight}") from None
+        settings |= {"steps": steps, "weights": losses, "spatial_prior": spatial_prior, "previews": previews}
+        if model is not None:
+            if data is None:
+                raise ValueError("--model needs --data, a folder of images with one subfolder for each class")
+            if reflection is not None and reflection not in REFLECTIONS:
+                raise ValueError(f"--reflection must be one of {', '.join(REFLECTIONS)}; got {reflection!r}")
+            one_of("--precision", precision, PRECISIONS)  # what follows may look through all images first
+            checked_weights(losses)
+            checked_checkpoint(path)
+            place = _device(device)
+            pictures, wrapped = _user_classifier(model, weights, data, labels, layer, size, normalise, place)
+            settings |= {"learning_rate": learning_rate, "reflection": reflection}
+            settings["about"] = {"images": len(pictures), "command": " ".join(["finecf", *sys.argv[1:]])}
+            with thread_count(threads):
+                _train_own(wrapped, pictures, size, path, pair, settings)
+            return
+        meta = train_mirror(on, path, data, classifier, images=images, threads=threads or 1, **settings)
         rich.print(f"A decoder for {len(meta['pairs'])} pairs of {on}; the checkpoint is {path}.")
         return
+    settings["threads"] = threads or 1
     runs: dict[str, Callable[..., dict[str, Any]]] = {
         "birds": train_birds,
         "digits": train_digits,
@@ -799,17 +845,81 @@ def _batches(
         yield images.images(own), [names[images.labels[i]] for i in own], [str(images.paths[i]) for i in own]
 
 
-def _mistakes(
+def _predicted(
     classifier: Classifier, images: ImageFolderDataset, chosen: Sequence[int], names: Sequence[int]
 ) -> list[int]:
-    """Those of the chosen images that the model takes for something else than their folder says."""
+    """What the model takes the chosen images for."""
     predicted: list[int] = []
     with _progress() as bar:
         task = bar.add_task("looking for mistakes", total=len(chosen))
         for batch, labels, _ in _batches(images, chosen, names):
             predicted += classifier.logits(classifier.prepare(batch)).argmax(1).tolist()
             bar.advance(task, len(labels))
+    return predicted
+
+
+def _mistakes(
+    classifier: Classifier, images: ImageFolderDataset, chosen: Sequence[int], names: Sequence[int]
+) -> list[int]:
+    """Those of the chosen images that the model takes for something else than their folder says."""
+    predicted = _predicted(classifier, images, chosen, names)
     return [i for i, said in zip(chosen, predicted, strict=True) if said != names[images.labels[i]]]
+
+
+def _confused(classifier: Classifier, predicted: Sequence[int], truth: Sequence[int]) -> list[tuple[int, int]]:
+    """The pairs of classes that the model takes for each other, most mistakes first, where a decoder can be trained:
+    of each class it needs two images that are recognised.
+    """
+    both = list(zip(predicted, truth, strict=True))
+    recognised = Counter(said for said, label in both if said == label)
+    mistakes = Counter((min(each), max(each)) for each in both if each[0] != each[1])
+    pairs = [pair for pair, _ in mistakes.most_common() if min(recognised[p] for p in pair) >= 2]
+    if not pairs:
+        raise ValueError(
+            f"the model confuses no two classes on these {len(truth)} images (of which it recognises at least two "
+            "each): name pairs to lead between, --pair A=B"
+        )
+    few = [f"{classifier.class_name(p)} - {classifier.class_name(q)} ({mistakes[p, q]} mistakes)" for p, q in pairs[:5]]
+    more = f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
+    rich.print(escape(f"Pairs that it confuses: {', '.join(few)}{more}. --pair A=B names others."))
+    return pairs
+
+
+def _train_own(
+    classifier: Classifier,
+    images: ImageFolderDataset,
+    size: int,
+    out: Path,
+    pair: list[str] | None,
+    settings: dict[str, Any],
+) -> None:
+    """A decoder for the user's model, trained on the user's images."""
+    names = _index_of_folders(images, classifier)
+    truth = [names[label] for label in images.labels]
+    if pair:
+        parts = [each.partition("=") for each in pair]
+        if not all(q for _, _, q in parts):
+            raise ValueError(f"--pair takes two classes, as in --pair A=B; got {pair}")
+        pairs = [(classifier.class_index(p), classifier.class_index(q)) for p, _, q in parts]
+    else:
+        pairs = _confused(classifier, _predicted(classifier, images, range(len(images)), names), truth)
+    black_and_white = torch.stack([torch.zeros(3, size, size), torch.ones(3, size, size)])
+    low, high = classifier.prepare(black_and_white)[:, :, 0, 0].tolist()
+    of_pairs = [i for i, label in enumerate(truth) if any(label in each for each in pairs)]
+    shown = [of_pairs[number * len(of_pairs) // 8] for number in range(min(8, len(of_pairs)))]
+    samples = images.images(shown), torch.tensor([truth[i] for i in shown])
+    mirror = train_decoder(
+        classifier,
+        LabelledImages(images.paths, truth, classifier.class_names or [], size),
+        pairs,
+        out,
+        image_range=(low, high),
+        preview_images=samples,
+        **settings,
+    )
+    count = len(mirror.meta["pairs"])
+    rich.print(f"A decoder for {count} pair{'' if count == 1 else 's'} of classes; the checkpoint is {out}.")
+    rich.print(f"`finecf explain --method mirror --decoder {out}` explains by it, the model and --size as here.")
 
 
 def _explain_all(
@@ -837,12 +947,30 @@ def _progress() -> Progress:
     return Progress(SpinnerColumn(), TextColumn("{task.description}"), *columns, transient=True)
 
 
+def _given(names: Iterable[str], context: typer.Context) -> list[str]:
+    """Those of the options that stand on the command line."""
+    return [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+
+
+def _check_training(what: str, model: str | None, context: typer.Context) -> None:
+    """Refuse options of `train` that go with another thing to train."""
+    own, shipped = (_given(names, context) for names in (OF_OWN, OF_SHIPPED))
+    if what != "mirror" and model is not None:
+        raise ValueError(f"--model belongs to `finecf train mirror`; got {what}")
+    if model is None and own:
+        raise ValueError(
+            f"--{own[0].replace('_', '-')} needs --model, whose decoder is trained on the images of --data"
+        )
+    if model is not None and shipped:
+        raise ValueError(f"--{shipped[0]} belongs to the small nets that ship; got --model {model}")
+
+
 def _check_method(method: str, context: typer.Context) -> None:
     """Refuse a method that is not there, and options of another method than the one chosen."""
     if method not in METHODS:
         raise ValueError(f"--method must be one of {', '.join(METHODS)}; got {method!r}")
     for other, names in OPTIONS_OF.items():
-        given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+        given = _given(names, context)
         if other != method and given:
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to --method {other}; got --method {method}")
 
@@ -888,8 +1016,8 @@ def _shipped_for(classifier: Classifier) -> Path:
         if classifier.differs_from(load_decoder(path)[1]["classifier"]) is None:
             return path
     raise ValueError(
-        "--method mirror needs --decoder FILE, a decoder for this very model: finecf.MirrorCFE(...).fit(..., "
-        "checkpoint=FILE) trains one (docs/mirror.md); fgvce and smdl need no training"
+        "--method mirror needs --decoder FILE, a decoder for this very model: `finecf train mirror --model ... "
+        "--data ...` trains one (docs/mirror.md); fgvce and smdl need no training"
     )
 
 

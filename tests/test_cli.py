@@ -20,7 +20,7 @@ from finecf.cli import app
 from finecf.explainers import Interrupted
 from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.models.checkpoints import load_tensors, save_tensors
-from finecf.models.decoder import MirrorDecoder, shape_of
+from finecf.models.decoder import MirrorDecoder, load_decoder, shape_of
 from finecf.report.run import Run
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
@@ -44,6 +44,12 @@ class ColourNet(nn.Module):
 
 def build():
     return ColourNet()
+
+def two_kinds():
+    net = ColourNet()
+    with torch.no_grad():
+        net.fc.weight.copy_(net.fc.weight[[1, 0, 2]])
+    return net
 
 def not_a_model():
     return 3
@@ -296,6 +302,93 @@ def test_mirror_draws_the_way_to_the_true_class(folder: Path, monkeypatch: pytes
     (path,) = out.glob("*.gif")  # those of the run before are gone
     with Image.open(path) as moving:
         assert moving.n_frames >= 2 * 21 - 2
+
+
+def train_own(folder: Path, *more: object, model: str = "build") -> tuple[int, str]:
+    """`finecf train mirror` for the model and the images of the folder."""
+    own = ("--model", f"{folder / 'model.py'}:{model}", "--data", folder / "data", "--out", folder / "own.safetensors")
+    return run("train", "mirror", *own, "--steps", 2, *more)
+
+
+def test_a_decoder_for_ones_own_model_is_trained_and_explains(folder: Path) -> None:
+    code, output = train_own(folder, "--size", 32)
+    assert code == 0, output
+    # Each colour is taken for one other once; in these three pairs each class has five images that are recognised.
+    for pair in ("blue - green (1 mistakes)", "green - red (1 mistakes)", "blue - red (1 mistakes)"):
+        assert pair in " ".join(output.split())
+    assert "A decoder for 3 pairs of classes" in " ".join(output.split())
+    decoder = ("--decoder", folder / "own.safetensors")
+    code, output, rows = mirror(folder, "--all-mistakes", "--steps", 3, "--no-figures", *decoder)
+    assert code == 0, output
+    assert len(rows) == 3
+    assert "was not trained" not in output
+
+    # The order of the outputs is that of --labels, and images are scaled as the model takes them.
+    (folder / "names").write_text("green\nblue\nred\n")
+    scaled = ("--labels", folder / "names", "--normalise", "imagenet", "--pair", "blue=red", "--device", "cpu")
+    code, output = train_own(folder, "--size", 72, *scaled, "--threads", 1, model="two_kinds")
+    assert code == 0, output
+    assert "A decoder for 1 pair of classes" in " ".join(output.split())
+    net, meta = load_decoder(folder / "own.safetensors")
+    assert (meta["pairs"], meta["classes"]) == ([[1, 2]], ["blue", "red"])
+    assert meta["recipe"]["conditional"]  # the recipe for photographs
+    assert (meta["images"], meta["threads"], meta["recipe"]["steps"]) == (18, 1, 2)
+    assert net.shape.image == (3, 72, 72)
+    mean, deviation = cli.IMAGENET
+    torch.testing.assert_close(net.low.flatten(), (0 - mean) / deviation)
+    torch.testing.assert_close(net.high.flatten(), (1 - mean) / deviation)
+
+    # Sides that do not halve, and another reflection, which moves all cells alike.
+    code, output = train_own(folder, "--size", 75, "--pair", "blue=red", "--reflection", "lbfgs", "--steps", 1)
+    assert code == 0, output
+    net, meta = load_decoder(folder / "own.safetensors")
+    assert (net.shape.image, net.subpixel) == ((3, 75, 75), 1)
+    assert (meta["reflection"], meta["recipe"]["reflection"], meta["recipe"]["shift"]) == ("lbfgs", "lbfgs", "uniform")
+
+
+def test_a_training_that_explodes_ends_with_a_sentence(folder: Path) -> None:
+    code, output = train_own(folder, "--size", 32, "--learning-rate", 1e30, "--pair", "blue=red", "--steps", 4)
+    assert code == 2
+    assert "training stopped" in output
+    assert "Try a smaller learning_rate" in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_what_a_decoder_for_ones_own_model_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is found out after all images were looked through."""
+
+    def too_late(*_: object) -> list[int]:
+        raise AssertionError("the images were looked through")
+
+    predicted = cli._predicted
+    monkeypatch.setattr(cli, "_predicted", too_late)
+    model = ("--model", f"{folder / 'model.py'}:build")
+    data = ("--data", folder / "data")
+    for arguments, message in (
+        (("mirror", *model), "--model needs --data, a folder of images"),
+        (("birds", *model, *data), "--model belongs to `finecf train mirror`; got birds"),
+        (("mirror", *data, "--pair", "red=blue"), "--pair needs --model"),
+        (("mirror", *data, "--learning-rate", 1), "--learning-rate needs --model"),
+        (("mirror", *model, *data, "--on", "birds"), "--on belongs to the small nets that ship"),
+        (("mirror", *model, *data, "--precision", "half"), "--precision must be one of float32, bfloat16; got 'half'"),
+        (("mirror", *model, *data, "--reflection", "two"), "--reflection must be one of closed_form, lbfgs, two_class"),
+        (("mirror", *model, *data, "--loss-weight", "size"), "--loss-weight takes a loss and a number"),
+        (("mirror", *model, *data, "--out", folder / "data"), "checkpoint is a file for the decoder"),
+        (("mirror", *model, *data, "--pair", "red"), "--pair takes two classes, as in --pair A=B; got ['red']"),
+        (("mirror", *model, *data, "--pair", "red=pink"), "pink"),
+        (("mirror", *model, *data, "--pair", "red=red"), "holds one class twice"),
+        (("mirror", *model, *data, "--weight", "size=1"), "unknown loss 'size'"),
+    ):
+        code, output = run("train", "--out", folder / "own.safetensors", *arguments)
+        assert code == 2, output
+        assert message in " ".join(output.split())
+        assert not list(folder.glob("own.*"))
+    monkeypatch.setattr(cli, "_predicted", predicted)
+    for label in COLOURS:
+        (folder / "data" / label / "5.png").unlink()
+    code, output = train_own(folder, "--size", 32)
+    assert code == 2
+    assert "the model confuses no two classes on these 15 images" in " ".join(output.split())
 
 
 def test_mirror_says_which_decoder_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

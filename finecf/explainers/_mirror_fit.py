@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import signal
 import threading
 import warnings
@@ -45,6 +46,7 @@ LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "
 CHANGEABLE: Final = ("learning_rate", "precision")
 """Settings with which a state may go on that were others when it was written."""
 WEIGHTS: Final = "weights"
+PRECISIONS: Final = ("float32", "bfloat16")
 _WHOLE: Final = ("steps", "batch", "seed", "augment", "warm_up")
 _BATCH_WHILE_LOOKING = 64
 DECODER_RANGE: Final = "the decoder's image_range"
@@ -130,6 +132,15 @@ class Recipe:
             raise ValueError(f"augment is a number of pixels, at least 0; got {self.augment}")
         if not 0 <= self.blend < 0.5:
             raise ValueError(f"blend is a share of another image and must lie in [0, 0.5); got {self.blend}")
+
+
+def checked_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
+    """A file that a decoder can be written to, in a folder that is there."""
+    out = Path(checkpoint)
+    if out.is_dir():
+        raise ValueError(f"checkpoint is a file for the decoder, and {out} is a folder: name a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:

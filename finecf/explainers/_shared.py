@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,6 +40,12 @@ def class_indices(classifier: Classifier, target: int | str | Tensor | Sequence[
     if len(indices) != count:
         raise ValueError(f"target must be one class, or one for each of the {count} images; got {len(indices)}")
     return indices
+
+
+def lead_of(logits: Tensor, target: Tensor) -> Tensor:
+    """By how much the logits [B,C] of targets [B] are ahead of the best other class, [B]; negative: behind."""
+    chosen = target[:, None]
+    return logits.gather(1, chosen)[:, 0] - logits.scatter(1, chosen, -math.inf).amax(1)
 
 
 def originals(images: object, prepared: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finecf.explainers._memory import budget_for, checked_micro_batch, graph_bytes
-from finecf.explainers._shared import class_indices, plain, wrapped
+from finecf.explainers._shared import class_indices, lead_of, plain, wrapped
 from finecf.models import Classifier
 from finecf.regions.baseline import gaussian_blur
 
@@ -225,11 +225,11 @@ def _leads(classifier: Classifier, change: _Change, target: Tensor, mask: Tensor
         if blur:
             shown[1] = gaussian_blur(shown[1], blur)
         said = classifier.encode(torch.cat(shown))[1].double()
-        classes = target.repeat(len(views))[:, None]
-        ahead = said.gather(1, classes)[:, 0] - said.scatter(1, classes, -math.inf).amax(1)
+        classes = target.repeat(len(views))
+        ahead = lead_of(said, classes)
         slopes = torch.autograd.grad(ahead.sum(), views, allow_unused=True, materialize_grads=True)
     leads, called = (
-        torch.stack(each.detach().chunk(len(views)), 1).cpu() for each in (ahead, said.argmax(1) == classes[:, 0])
+        torch.stack(each.detach().chunk(len(views)), 1).cpu() for each in (ahead, said.argmax(1) == classes)
     )
     return leads, torch.stack(slopes, 1).double().flatten(2).cpu(), called
 

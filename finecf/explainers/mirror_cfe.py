@@ -36,6 +36,7 @@ from finecf.explainers._reflection import (
 from finecf.explainers._shared import (
     check_range,
     class_indices,
+    lead_of,
     one_of,
     originals,
     plain,
@@ -476,16 +477,12 @@ class MirrorCFE:
         Warns:
             UserWarning: the state is of other images, or no reflection crosses the boundary of some pair.
         """
-        one_of("precision", precision, ("float32", "bfloat16"))
+        one_of("precision", precision, fitting.PRECISIONS)
         one_of("kl_order", kl_order, ("image", "latent"))
         for name, value in (("save_every", save_every), ("preview_every", preview_every)):
             if value < 1:
                 raise ValueError(f"{name} is a number of steps, at least 1; got {value}")
-        out = None if checkpoint is None else Path(checkpoint)
-        if out is not None:  # not after hours
-            if out.is_dir():
-                raise ValueError(f"checkpoint is a file for the decoder, and {out} is a folder: name a file in it")
-            out.parent.mkdir(parents=True, exist_ok=True)
+        out = None if checkpoint is None else fitting.checked_checkpoint(checkpoint)  # not after hours
         pool = fitting.Pool(self.classifier, data)
         known = list(inspect.signature(MirrorDecoder).parameters)[1:]  # the first is the shape, which the model gives
         for name in decoder or {}:
@@ -1105,10 +1102,10 @@ class _Drawing:
 
     def _behind(self, rows: Tensor, logits: Tensor) -> Tensor:
         """How far the target is behind the source, and behind the best of all other classes: float64 [n,2]."""
-        source, target = self.canvas.source[rows][:, None], self.canvas.target[rows][:, None]
+        source, target = self.canvas.source[rows], self.canvas.target[rows]
         logits = logits.double()
-        best = logits.scatter(1, target, -math.inf).amax(1, keepdim=True)
-        return torch.cat([logits.gather(1, source), best], 1) - logits.gather(1, target)
+        of_source = (logits.gather(1, source[:, None]) - logits.gather(1, target[:, None]))[:, 0]
+        return torch.stack([of_source, -lead_of(logits, target)], 1)
 
 
 def _size_of(change: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finecf.explainers._mirror_draw import Canvas, places_of
 from finecf.explainers._reflection import shifted_maps
-from finecf.explainers._shared import check_range
+from finecf.explainers._shared import check_range, lead_of
 from finecf.metrics._inputs import (
     RANGE_ADVICE,
     ImageRange,
@@ -159,8 +159,7 @@ def _descend(
             loss = F.cross_entropy(checked, asked, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, image)
         said = checked.detach()
-        others = said.scatter(1, asked[:, None], -math.inf).amax(1)
-        gap = (said.gather(1, asked[:, None])[:, 0] - others).view(views, -1).amin(0)
+        gap = lead_of(said, asked).view(views, -1).amin(0)
         won = (said.argmax(1) == asked).view(views, -1).all(0)
         at = rows + own.start
         attack.images[at], attack.found[at] = image.detach(), won

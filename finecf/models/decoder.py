@@ -28,7 +28,7 @@ from finecf.models.classifier import Classifier
 KIND: Final = "mirror decoder"
 PLAIN_SIDE: Final = 64
 """Images whose longer side is at most this are decoded without skips."""
-EDITORS: Final = ("residual", "replace")
+EDITORS: Final = ("residual", "replace", "local")
 OUTPUTS: Final = ("image", "change")
 PRIORS: Final = ("activation", "contrast")
 PRIOR_RANGE: Final = (0.1, 0.5)
@@ -65,7 +65,22 @@ def _block(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class PatternEditor(nn.Module):
+class SkipEditor(nn.Module):
+    """Draws what a skip level would look like under the moved map; the subclasses say how."""
+
+    draw: nn.Conv2d
+    """The last convolution, whose bias there is."""
+
+    def prepare(self, skip: Tensor) -> Tensor:
+        """What of the source's map [B,c,H,W] does not depend on k."""
+        raise NotImplementedError
+
+    def forward(self, prepared: Tensor, features: Tensor) -> Tensor:
+        """[B,c,H,W] of what `prepare` gave and the moved map [B,D,h,w]."""
+        raise NotImplementedError
+
+
+class PatternEditor(SkipEditor):
     """What a skip level would look like under the moved map (P, eq. 12): [B,c,H,W] and [B,D,h,w] to [B,c,H,W].
 
     B_i and D_i are not public. Where a cell of the map covers a whole block of s x s places of the level, B_i is a
@@ -107,6 +122,38 @@ class PatternEditor(nn.Module):
         return drawn
 
 
+class LocalEditor(SkipEditor):
+    """As `PatternEditor`, place by place: three convolutions over the level's own map and the enlarged map f_k (O).
+
+    f_k comes in by `inner` channels, after the first of them. A `PatternEditor` draws a whole block of places from what
+    one cell of the map says, and draws the same in every cell that says the same. This one sees the image at every
+    place, so that what it draws keeps to the image's own edges.
+    """
+
+    def __init__(self, level: tuple[int, int, int], features: tuple[int, int, int], inner: int) -> None:
+        super().__init__()
+        channels, *size = level
+        self.size = (size[0], size[1])
+        wide = 2 * channels
+        self.own = nn.Conv2d(channels, wide, 3, 1, 1, bias=False)
+        self.read = nn.Sequential(nn.Conv2d(features[0], inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU())
+        self.enlarged = nn.Conv2d(inner, wide, 1, bias=False)
+        self.mix = nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, wide, 3, 1, 1, bias=False))
+        self.norm = nn.BatchNorm2d(wide)
+        self.draw = nn.Conv2d(wide, channels, 3, 1, 1)
+
+    def prepare(self, skip: Tensor) -> Tensor:
+        """What of the first convolution does not depend on k."""
+        own: Tensor = self.own(skip)
+        return own
+
+    def forward(self, prepared: Tensor, features: Tensor) -> Tensor:
+        # Pointwise and linear, so that it may come before the enlargement, where there are fewer places.
+        enlarged = F.interpolate(self.enlarged(self.read(features)), self.size, mode="bilinear", align_corners=False)
+        drawn: Tensor = self.draw(self.norm(self.mix(prepared + enlarged)).relu())
+        return drawn
+
+
 class MirrorDecoder(nn.Module):
     """Maps [B,D,h,w] of a classifier to images [B,Ch,H,W].
 
@@ -115,11 +162,11 @@ class MirrorDecoder(nn.Module):
         width: channels at the last stage, at the image's size divided by `subpixel`; they double with every halving, up
             to `most`.
         most: channels at the deepest stage.
-        inner: channels of the pattern editor's reduced skip (O).
+        inner: channels of the pattern editor's reduced skip, or of the local editor's reduced map (O).
         image_range: (least, largest) value of the images, a number or one per channel.
         spatial_prior: whether M restricts the editing; without it the editor draws everywhere.
         editor: "replace": u_i is what the pattern editor draws (P); "residual": it is the source's own map plus that,
-            so that what need not change stays sharp (O).
+            so that what need not change stays sharp (O); "local": as "residual", by `LocalEditor` (O).
         prior_range: least and largest threshold of the spatial prior.
         prior: what the spatial prior is made of, `activation_prior` (P) or `contrast_prior` (O).
         output: "image": x_k is what is drawn of f_k (P); "change": it is the source image plus what is drawn of f_k
@@ -177,7 +224,8 @@ class MirrorDecoder(nn.Module):
         if prior not in PRIORS:
             raise ValueError(f"prior must be one of {', '.join(PRIORS)}; got {prior!r}")
         self.contrasts = prior == "contrast"
-        self.residual = editor == "residual"
+        self.residual = editor != "replace"
+        make = LocalEditor if editor == "local" else PatternEditor
         self.changes = output == "change"
         self.spatial_prior = spatial_prior
         depth, *grid = shape.features
@@ -203,12 +251,12 @@ class MirrorDecoder(nn.Module):
             raise ValueError('prior="contrast" has nothing to mask: it needs skips, or output="change"')
         # Levels that are larger than the last stage are not used.
         self.editors = nn.ModuleList(
-            PatternEditor(level, (read, grid[0], grid[1]), inner) if number in self.skip_at else nn.Identity()
+            make(level, (read, grid[0], grid[1]), inner) if number in self.skip_at else nn.Identity()
             for number, level in enumerate(shape.skips)
         )
         if self.residual:
             for each in self.editors:
-                if isinstance(each, PatternEditor):  # at first nothing is edited
+                if isinstance(each, SkipEditor):  # at first nothing is edited
                     nn.init.zeros_(each.draw.weight)
                     nn.init.zeros_(each.draw.bias)  # type: ignore[arg-type]  # it has one
         last = len(self.sizes) - 1
@@ -225,7 +273,7 @@ class MirrorDecoder(nn.Module):
         """What the editors need of the source's skip maps, whatever k is."""
         dtype = self.low.dtype  # maps of a classifier in double precision are wider
         return [
-            editor.prepare(skip.to(dtype)) if isinstance(editor, PatternEditor) else skip.new_zeros(len(skip), 0)
+            editor.prepare(skip.to(dtype)) if isinstance(editor, SkipEditor) else skip.new_zeros(len(skip), 0)
             for editor, skip in zip(self.editors, skips, strict=True)
         ]
 

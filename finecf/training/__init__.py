@@ -1,7 +1,14 @@
 """Training of the small shipped networks, and reading them back."""
 
 from finecf.models.checkpoints import load_checkpoint, save_checkpoint
-from finecf.training.mirror import MirrorRecipe, mirror_classifier, mirror_data, mirror_recipe, train_mirror
+from finecf.training.mirror import (
+    MirrorRecipe,
+    mirror_classifier,
+    mirror_data,
+    mirror_recipe,
+    train_decoder,
+    train_mirror,
+)
 from finecf.training.nets import BirdsNet, DigitsNet, load_birds_net, load_digits_net, load_fashion_net, shipped_decoder
 from finecf.training.train import predict, train_birds, train_digits, train_fashion
 
@@ -20,6 +27,7 @@ __all__ = [
     "save_checkpoint",
     "shipped_decoder",
     "train_birds",
+    "train_decoder",
     "train_digits",
     "train_fashion",
     "train_mirror",

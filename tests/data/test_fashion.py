@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import finecf
 from finecf.data import fashion_mnist
@@ -17,6 +18,7 @@ from finecf.training import (
     mirror_data,
     mirror_recipe,
     predict,
+    train_decoder,
     train_fashion,
     train_mirror,
 )
@@ -116,6 +118,67 @@ def test_previews_are_strips_of_every_so_many_steps(tmp_path: Path) -> None:
     train_mirror("digits", tmp_path / "m.safetensors", steps=1, images=80, previews=folder, preview_every=1)
     (file,) = folder.iterdir()
     assert file.name == "step_000001.png"
+
+
+def test_a_decoder_of_ones_own_by_a_recipe(tmp_path: Path) -> None:
+    """Images that are prepared, previews of them as they were given, and a file that explains as the explainer does."""
+    held_out = finecf.data.digits("train")
+    x, labels = held_out.batch(), torch.from_numpy(held_out.labels)
+    net, meta = finecf.training.load_digits_net()
+    classifier = finecf.wrap(_Scaled(net).eval(), class_names=meta["classes"], preprocess=_scaled)
+    out, strips = tmp_path / "m.safetensors", tmp_path / "strips"
+    shown = x[(labels == 4) | (labels == 9)][:6], labels[(labels == 4) | (labels == 9)][:6]
+    settings = {"steps": 2, "learning_rate": 1e-4, "weights": {"feature": 0.5}, "image_range": (-1.0, 1.0)}
+    previews = {"previews": strips, "preview_images": shown, "preview_every": 1}
+    about = {"photographer": "nobody", "pairs": "none", "threads": 99}
+    recipe = replace(mirror_recipe("digits"), shift="per_cell")
+    own = train_decoder(classifier, (x, labels), [("4", "9")], out, recipe, **settings, **previews, about=about)
+    read = finecf.MirrorCFE(classifier, out)
+    assert (own.reflection, own.shift) == (read.reflection, read.shift) == ("two_class", "per_cell")
+    assert (own.meta["photographer"], own.meta["pairs"]) == ("nobody", [(4, 9)])
+    assert own.meta["threads"] == torch.get_num_threads()
+    trained = own.meta["recipe"]
+    assert (trained["steps"], trained["learning_rate"], trained["augment"]) == (2, 1e-4, recipe.settings["augment"])
+    assert (trained["weights"]["feature"], trained["weights"]["adversarial"]) == (0.5, 0.3)
+    assert [file.name for file in sorted(strips.iterdir())] == ["step_000001.png", "step_000002.png"]
+    with Image.open(strips / "step_000002.png") as strip:
+        drawn = torch.from_numpy(np.array(strip)).float() / 255
+    known = [
+        x
+        for x, label in zip(*shown, strict=True)
+        if int(classifier.logits(classifier.prepare(x[None])).argmax()) in (4, 9)
+    ]
+    for row, image in enumerate(known):  # the first of each row is the image, as it was before it was prepared
+        side = image.shape[1]
+        torch.testing.assert_close(
+            drawn[row * side : (row + 1) * side, :side], image.permute(1, 2, 0), rtol=0, atol=1 / 255
+        )
+
+    small = train_decoder(classifier, (x, labels), [(4, 9)], out, steps=1, image_range=(-1.0, 1.0), reflection="lbfgs")
+    assert small.meta["recipe"]["kl_order"] == "latent"  # that for pictures
+    assert (small.reflection, small.shift) == ("lbfgs", "uniform")
+    assert finecf.MirrorCFE(classifier, out).reflection == "lbfgs"
+    with pytest.raises(ValueError, match="previews: give preview_images"):
+        train_decoder(classifier, (x, labels), [(4, 9)], out, previews=strips)
+    with pytest.raises(
+        ValueError, match="there are recipes for digits, birds, fashion, photographs, pictures; got 'x'"
+    ):
+        mirror_recipe("x")
+
+
+class _Scaled(torch.nn.Module):
+    """A net for images from 0 to 1 that is given them from -1 to 1."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net((x + 1) / 2)
+
+
+def _scaled(images: torch.Tensor) -> torch.Tensor:
+    return 2 * images - 1
 
 
 def test_birds_are_paired_within_their_families() -> None:

@@ -5,6 +5,7 @@ drawn.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 import signal
@@ -1190,12 +1191,25 @@ def drawing_of(on: str) -> tuple[str, str, float]:
     return recipe.reflection, recipe.shift, recipe.soften
 
 
+def assert_made_by_the_recipe(own: finecf.MirrorCFE, on: str) -> None:
+    """The decoder of a shipped file is built, and was trained, as the recipe of today says."""
+    settings = dict(mirror_recipe(on).settings)
+    assert own.decoder is not None
+    shape = own.decoder.shape
+    assert own.decoder.settings == MirrorDecoder(shape, **settings.pop("decoder", {})).settings
+    trained = own.meta["recipe"]
+    weights = settings.pop("weights")
+    assert {name: trained["weights"][name] for name in weights} == weights
+    assert {name: trained[name] for name in settings} == json.loads(json.dumps(settings))
+
+
 def test_the_decoder_that_ships_leads_between_its_digits() -> None:
     """On digits that neither it nor the net has seen."""
     net, meta = load_digits_net()
     classifier = finecf.wrap(net.to(DEVICE), class_names=meta["classes"])
     own = finecf.MirrorCFE(classifier, shipped_decoder("digits"), untrained_pairs="refuse")
     assert (own.reflection, own.shift, own.soften) == drawing_of("digits") == ("two_class", "uniform", 0.0)
+    assert_made_by_the_recipe(own, "digits")
     held_out = finecf.data.digits("test")
     x = held_out.batch().to(DEVICE)
     predicted = classifier.logits(x).argmax(1)
@@ -1215,6 +1229,7 @@ def test_the_decoder_that_ships_changes_the_birds_where_they_differ() -> None:
     classifier = finecf.wrap(net.to(DEVICE), class_names=meta["classes"])
     own = finecf.MirrorCFE(classifier, shipped_decoder("birds"), untrained_pairs="refuse")
     assert (own.reflection, own.shift, own.soften) == drawing_of("birds") == ("closed_form", "per_cell", 1.5)
+    assert_made_by_the_recipe(own, "birds")
     birds = finecf.data.SyntheticBirds("test", n=40)
     partner = dict(reversed(own.meta["pairs"]))
     items = [item for item in birds if item.drawn_label in partner]

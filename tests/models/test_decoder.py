@@ -170,7 +170,7 @@ def test_the_image_range_is_kept(bounds: tuple[Any, Any]) -> None:
         ({"image_range": (0.0, [1.0, 0.0, 1.0])}, r"least < largest"),
         ({"prior_range": (0.6, 0.4)}, r"prior_range must be \(least, largest\) threshold between 0 and 1"),
         ({"prior_range": (0.1, 1.4)}, r"between 0 and 1; got \(0\.1, 1\.4\)"),
-        ({"editor": "blend"}, r"editor must be one of residual, replace; got 'blend'"),
+        ({"editor": "blend"}, r"editor must be one of residual, replace, local; got 'blend'"),
         ({"output": "both"}, r"output must be one of image, change; got 'both'"),
         ({"prior": "cam"}, r"prior must be one of activation, contrast; got 'cam'"),
         ({"subpixel": 3}, r"subpixel must be at least 1 and divide the image's sides \[32, 32\]; got 3"),
@@ -216,7 +216,7 @@ def test_the_prior_says_where_the_skip_may_be_edited(name: str, editor: str) -> 
         assert torch.equal(seen[number][~inside], skips[number][~inside])
         assert torch.equal(seen[number][inside], free[number][inside])
         drawn = net.editors[number](prepared[number], features)
-        wanted = drawn + skips[number] if editor == "residual" else drawn
+        wanted = drawn if editor == "replace" else drawn + skips[number]
         torch.testing.assert_close(free[number], wanted)
         assert float((free[number] - skips[number]).abs().min(1).values.max()) > 0
 
@@ -272,7 +272,7 @@ def test_without_the_spatial_prior_everything_may_be_edited() -> None:
 def test_the_residual_editor_starts_from_the_sources_own_maps() -> None:
     shape = SHAPES["64 px, skips"]
     features, skips = maps_of(shape)
-    for editor, same in (("residual", True), ("replace", False)):
+    for editor, same in (("residual", True), ("local", True), ("replace", False)):
         torch.manual_seed(0)
         net = MirrorDecoder(shape, editor=editor, **SMALL).eval().to(DEVICE)
         seen = seen_at_the_stages(net, features, skips, net.prepare(skips))
@@ -290,6 +290,46 @@ def test_a_cell_is_edited_from_the_cells_around_it() -> None:
     difference = (net.editors[0](prepared[0], moved) - net.editors[0](prepared[0], features)).abs().amax((0, 1))
     assert bool((difference[:8, :8] > 0).all())
     assert float(difference[9:].max()) == float(difference[:, 9:].max()) == 0
+
+
+def test_the_local_editor_sees_the_image_at_every_place() -> None:
+    """Where cells say the same, equal places are edited equally, and what differs is edited otherwise."""
+    shape = Shape((6, 6, 6), (3, 96, 96), ((3, 24, 24),))
+    net = decoder(shape, editor="local")
+    features, skips = maps_of(shape)
+    same, flat = features[:, :, :1, :1].expand_as(features), torch.zeros_like(skips[0])
+    drawn = net.editors[0](net.prepare([flat])[0], same)[:, :, 3:-3, 3:-3]  # beside the border all is alike
+    torch.testing.assert_close(drawn, drawn[:, :, :1, :1].expand_as(drawn), rtol=0, atol=1e-5)
+    edge = flat.clone()
+    edge[:, :, :, 10:] = 1
+    drawn = net.editors[0](net.prepare([edge])[0], same)[:, :, 3:-3, 3:-3]
+    sides = drawn.std(3), (drawn[:, :, 0, 0] - drawn[:, :, 0, -1]).abs()
+    assert float(sides[0].min()) > 0 < float(sides[1].min())
+    rows = drawn.std(2)
+    assert float(rows.max()) < 1e-5
+    # A pattern editor draws each place of a block otherwise, also where all is alike.
+    blocks = decoder(shape).editors[0]
+    drawn = blocks(blocks.prepare(flat), same)[:, :, 3:-3, 3:-3]
+    assert float(drawn.std((2, 3)).min()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["224 px, skips", "odd, skips", "32 px, skip at full size"])
+def test_the_local_editor_learns(name: str) -> None:
+    """Gradients reach the moved map and every parameter, and what is prepared is what does not depend on k."""
+    shape = SHAPES[name]
+    net = decoder(shape, editor="local").requires_grad_(True).train()
+    features, skips = maps_of(shape)
+    features.requires_grad_()
+    prepared = net.prepare(skips)
+    sizes = [(2, 2 * depth, height, width) for depth, height, width in shape.skips]
+    assert [tuple(each.shape) for each in prepared] == sizes
+    for editor, own in zip(net.editors, prepared, strict=True):  # each by itself: the stem reads the map as well
+        (slope,) = torch.autograd.grad(editor(own, features).square().sum(), features, retain_graph=True)
+        assert float(slope.abs().sum()) > 0
+    net(features, skips, prepared).square().sum().backward()
+    still = [name for name, each in net.named_parameters() if each.grad is None or not bool(each.grad.any())]
+    # Norms of a batch take away what a convolution before them adds.
+    assert [name for name in still if "bias" not in name] == []
 
 
 def test_the_shape_is_read_off_the_classifier() -> None:

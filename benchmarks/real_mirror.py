@@ -1,0 +1,135 @@
+"""Mirror-CFE on photographs of look-alike birds, for a classifier that nobody here trained.
+
+    python benchmarks/real_mirror.py --decoder FILE [--images N] [--mistakes N] [--steps N] [--markdown FILE]
+
+The folder of photographs, model and weights is found at FINECF_REALDATA, else at ../shared/realdata. A decoder is
+trained on the training photographs, for all pairs of one group, where FILE is not there yet. Led to another class are
+test photographs that the classifier recognises, to the class of their group whose boundary is nearest, and mistakes
+within a group, of both splits (none was trained on: a decoder learns on what is recognised), to their true class. The
+tables are those of benchmarks/mirror.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import rich
+import torch
+from mirror import graded, spread
+from real_birds import load_model, real_data
+from torch import Tensor
+
+import finecf
+from finecf.data import ImageFolderDataset
+from finecf.explainers.mirror_cfe import CORRECTIONS, ClassDistances
+from finecf.metrics.tables import Table
+from finecf.training import mirror_recipe, train_decoder
+
+BATCH = 32
+
+
+def look_alikes(root: Path, names: list[str]) -> Tensor:
+    """Whether two classes are of one group, bool [C,C]; a class is none with itself."""
+    classes = json.loads((root / "birds" / "classes.json").read_text(encoding="utf-8"))
+    group = {each["folder"]: each["group"] for each in classes}
+    alike = torch.tensor([[group[p] == group[q] for q in names] for p in names])
+    return alike.fill_diagonal_(False)
+
+
+def distances(mirror: finecf.MirrorCFE, images: Tensor) -> ClassDistances:
+    """How far each image is from every class, a few images at a time."""
+    parts = [mirror.class_distances(part) for part in images.split(BATCH)]
+    return ClassDistances(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(ClassDistances)))
+
+
+def ranked(mirror: finecf.MirrorCFE, wrong: Tensor, truth: Tensor, logits: Tensor) -> Table:
+    """How near the true class of mistakes lies, among all others, by the way to its boundary and by its logit."""
+    table = Table("photographs: where the true class of the mistakes stands", [])
+    said = logits.clone()
+    said.scatter_(1, logits.argmax(1, keepdim=True), -torch.inf)
+    orders = {
+        "way to its boundary": distances(mirror, wrong).nearest(logits.shape[1] - 1),
+        "logit": said.argsort(1, descending=True),
+    }
+    for name, order in orders.items():
+        place = (order == truth[:, None]).int().argmax(1)
+        table.rows[name] = {f"first {n}": float((place < n).double().mean()) for n in (1, 2, 3, 5)}
+    table.columns = list(table.rows["logit"])
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", type=Path, required=True, help="where it is, or is to be")
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--mistakes", type=int, default=60)
+    parser.add_argument("--steps", type=int, help="of the training; default: the recipe's")
+    parser.add_argument("--corrections", type=int, default=CORRECTIONS)
+    parser.add_argument("--soften", type=float, help="in pixels; default: as the decoder's file says")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--previews", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    root = real_data()
+    photographs = {
+        split: ImageFolderDataset(root / "birds" / "images", root / "birds" / "split.txt", split, size=224)
+        for split in ("train", "test")
+    }
+    names = photographs["train"].class_names
+    classifier = finecf.wrap(load_model(root / "mobilenet_v2.py"), class_names=names)
+    alike = look_alikes(root, names)
+    pairs = [(int(p), int(q)) for p, q in alike.nonzero() if p < q]
+    read = {split: photos.images() for split, photos in photographs.items()}
+    truth = {split: torch.tensor(photos.labels) for split, photos in photographs.items()}
+    logits = {split: torch.cat([classifier.logits(part) for part in each.split(BATCH)]) for split, each in read.items()}
+    notes = []
+    if not options.decoder.is_file():
+        started = time.perf_counter()
+        train_decoder(
+            classifier,
+            (read["train"], truth["train"]),
+            pairs,
+            options.decoder,
+            mirror_recipe("photographs"),
+            steps=options.steps,
+            precision="bfloat16",
+            progress=True,
+            previews=options.previews,
+            preview_images=(read["test"][::60], truth["test"][::60]),
+            preview_every=250,
+        )
+        notes.append(f"Trained in {(time.perf_counter() - started) / 60:.0f} minutes.")
+    mirror = finecf.MirrorCFE(
+        classifier, options.decoder, corrections=options.corrections, soften=options.soften, progress=True
+    )
+    known = (logits["test"].argmax(1) == truth["test"]).nonzero()[:, 0]
+    known = spread(known, options.images)
+    x = read["test"][known]
+    away = distances(mirror, x).distance.masked_fill(~alike[truth["test"][known]], torch.inf)
+    assert bool(away.isfinite().any(1).all()), "an image is led to none of its look-alikes"
+    right = {split: logits[split].argmax(1) == truth[split] for split in read}
+    wrong, labels, said = (torch.cat([own[s][~right[s]] for s in read]) for own in (read, truth, logits))
+    tables = [ranked(mirror, wrong, labels, said)]
+    within = spread(alike[said.argmax(1), labels].nonzero()[:, 0], options.mistakes)
+    # No mistake is among the real images that it is led to and compared with.
+    references, shown = (own["train"][right["train"]] for own in (read, truth))
+    for what, images, target in (
+        (f"{len(x)} held-out images, led to the nearest look-alike", x, away.argmin(1)),
+        (f"{len(within)} mistakes, led to their true class", wrong[within], labels[within]),
+    ):
+        if len(images):
+            tables += graded("photographs", what, mirror, images, target, references, shown)[0]
+    tables[0].notes += notes
+    for table in tables:
+        rich.print(table)
+    if options.markdown is not None:
+        options.markdown.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
