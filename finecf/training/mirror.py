@@ -181,7 +181,7 @@ def train_mirror(
         default = f"finecf train mirror --on {on} --seed {seed} --precision {precision}"
         for name, value in (("steps", steps), ("images", images)):
             default += "" if value is None else f" --{name} {value}"
-        default += "".join(f" --weight {name}={value}" for name, value in (weights or {}).items())
+        default += "".join(f" --loss-weight {name}={value}" for name, value in (weights or {}).items())
         default += "" if spatial_prior else " --no-spatial-prior"
         mirror = train_decoder(
             wrapped,

@@ -356,3 +356,41 @@ def test_class_activation_is_computed_without_autocast() -> None:
         inside = clf.cam(maps, 1)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, clf.cam(maps, 1))
+
+
+@pytest.mark.realdata
+def test_photographs_under_a_real_net(realdata: Path, tmp_path: Path) -> None:
+    """Waxwings at 224 pixels under a MobileNetV2: where the classes lie, and a decoder by the recipe for them."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("realdata_model", realdata / "mobilenet_v2.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = ["Bohemian_Waxwing", "Cedar_Waxwing"]
+    folder = finecf.data.ImageFolderDataset(realdata / "birds" / "images", classes=names)
+    everyone = finecf.data.ImageFolderDataset(realdata / "birds" / "images").class_names
+    classifier = finecf.wrap(module.build_model(), class_names=everyone)
+    numbers = [i for i, label in enumerate(folder.labels) if folder.labels[:i].count(label) < 5]
+    x = folder.images(numbers)
+    labels = torch.tensor([everyone.index(names[folder.labels[i]]) for i in numbers])
+    taken_for = classifier.logits(x).argmax(1)
+    wrong = (taken_for != labels).nonzero()[:, 0]
+    assert 0 < len(wrong) < 5
+    assert set(labels[wrong].tolist()) == {everyone.index(names[0])}
+
+    mirror = finecf.MirrorCFE(classifier)
+    assert mirror.class_distances(x[wrong]).nearest(1)[:, 0].tolist() == labels[wrong].tolist()
+    path = mirror.latent_path(x[wrong], names[0], steps=200)  # none at 1/2, where rounding decides
+    assert float(path.residual.max()) < 1e-9
+    assert bool(((path.first_flip - path.k_star) >= 0).all())
+    assert bool(((path.first_flip - path.k_star) <= 1 / 199).all())
+
+    file = tmp_path / "waxwings.safetensors"
+    own = finecf.training.train_decoder(classifier, (x, labels), [names], file, steps=2)
+    assert own.decoder.shape.features == (1280, 7, 7)
+    assert [each[1:] for each in own.decoder.shape.skips] == [(112, 112), (56, 56), (28, 28), (14, 14)]
+    assert own.decoder.settings["editor"] == "local"
+    (found,) = finecf.MirrorCFE(classifier, file, corrections=0).explain(x[wrong[:1]], names[0], steps=3)
+    assert found.images.shape == (3, 3, 224, 224)
+    assert torch.equal(found.images[0], x[wrong[0]])  # what is added is nothing at k = 0
+    assert found.predicted_name == names[1]
