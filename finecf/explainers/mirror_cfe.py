@@ -63,6 +63,8 @@ _SETTLED: Final = 0.02
 _MISSED: Final = 1e-3
 """Logits that miss the swapped ones by less than this share of the classes' gap count as swapped."""
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
+_PIXELS: Final = 8 * 128 * 128
+"""So many pixels are drawn at once on the CPU."""
 
 Target = int | str | Tensor | Sequence[int | str]
 
@@ -167,7 +169,8 @@ class MirrorCFE:
             touched. None: as the decoder's file says, else 0.
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
         resolution: in how fine steps of k the first counterfactual image is looked for.
-        micro_batch: images decoded at a time; None: 32, or 256 on CUDA.
+        micro_batch: images decoded at a time; None: 256 on CUDA, and elsewhere 32, or fewer where they are large (8 of
+            128 pixels a side): more are not faster there, and after Ctrl-C those that were finished together count.
         memory_budget: bytes for what is computed beside the model's weights; None: a quarter of what is free, at most
             1 GiB.
         generator: taken for the sake of one signature; explaining draws nothing, and `fit` has its own seed.
@@ -209,7 +212,9 @@ class MirrorCFE:
         self.resolution = resolution
         self.corrections, self.correction_blur = operator.index(corrections), float(correction_blur)
         self._asked_soften = soften
-        self.micro_batch = checked_micro_batch(micro_batch) or _MICRO_BATCH.get(classifier.device.type, 32)
+        asked = checked_micro_batch(micro_batch)
+        self.micro_batch = asked or _MICRO_BATCH.get(classifier.device.type, 32)
+        self._pixels = _PIXELS if asked is None and classifier.device.type == "cpu" else None
         self.budget = budget_for(classifier.device, memory_budget)
         self.generator = generator
         self.progress = progress
@@ -754,7 +759,10 @@ class MirrorCFE:
                 check_gradients(self.classifier, x[:1])
             # The strip of an image, drawn and encoded again, is what takes memory.
             strip = 4 * (len(k) + 3) * x[0].numel() * x.element_size()
-            size = max(1, min(self.micro_batch, self.budget // strip))
+            most = self.micro_batch
+            if self._pixels is not None:
+                most = min(most, self._pixels // x[0, 0].numel())
+            size = max(1, min(most, self.budget // strip))
             try:
                 for start in range(0, len(x), size):
                     rows = slice(start, start + size)

@@ -1769,6 +1769,27 @@ def test_a_decoder_for_other_maps_is_refused() -> None:
         finecf.MirrorCFE(classifier, made.decoder).explain(x, others(classifier, x))
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on CUDA large batches are faster")
+def test_large_images_are_drawn_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, sizes = coloured(*COLOURS), []
+    monkeypatch.setattr("finecf.explainers.mirror_cfe._PIXELS", 2 * x[0, 0].numel() + 1)
+    of_a_batch = finecf.MirrorCFE._explain
+
+    def counted(own: finecf.MirrorCFE, decoder: Any, images: Tensor, *rest: Any) -> list[Any]:
+        sizes.append(len(images))
+        return of_a_batch(own, decoder, images, *rest)
+
+    monkeypatch.setattr(finecf.MirrorCFE, "_explain", counted)
+    for settings, wanted in (({}, [2, 1]), ({"micro_batch": 3}, [3]), ({"micro_batch": 1}, [1, 1, 1])):
+        sizes.clear()
+        assert len(painting(**settings).explain(x, "green", source="red")) == 3
+        assert sizes == wanted
+    monkeypatch.setattr("finecf.explainers.mirror_cfe._PIXELS", 1)
+    sizes.clear()
+    painting().explain(x, "green", source="red")
+    assert sizes == [1, 1, 1]
+
+
 def test_ctrl_c_keeps_what_is_explained() -> None:
     class Slow(Painter):
         calls = 0
