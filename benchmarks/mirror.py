@@ -260,30 +260,9 @@ def strayed(
 def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tuple[list[Table], dict[str, Tensor]]:
     """The tables of one decoder, and what an ablation shows of it, image by image (NaN: there is none)."""
     classifier = mirror.classifier
-    numbers, x, target = chosen_images(on, classifier, mirror_recipe(on).pairs, options)
+    recipe = mirror_recipe(on)
+    numbers, x, target = chosen_images(on, classifier, recipe.pairs, options)
     references, labels = mirror_data(on, "train", classifier, options.data, REFERENCES)
-    tables, summary, every = graded(on, f"{len(x)} held-out images", mirror, x, target, references, labels)
-    if on == "birds":
-        names = {name: f"Mirror-CFE, {name}" for name in ("first", "k = 1", "trimmed")}
-        names |= {name: name for name in ("PGD, first", "PGD l2, first")}
-        drawn = {name: every[method].images for name, method in names.items()}
-        tables.append(redrawn(classifier, numbers, x, target, drawn, options, summary))
-    return tables, summary
-
-
-def graded(
-    on: str,
-    what: str,
-    mirror: finecf.MirrorCFE,
-    x: Tensor,
-    target: Tensor,
-    references: Tensor,
-    labels: Tensor,
-) -> tuple[list[Table], dict[str, Tensor], dict[str, Images]]:
-    """Tables, what an ablation shows, and every method's images; `references` are real images and their labels, and
-    `on` and `what` name the set and the images that are led to the targets.
-    """
-    classifier = mirror.classifier
     started = time.perf_counter()
     found = mirror.explain(x, target)
     seconds = (time.perf_counter() - started) / len(x)
@@ -338,7 +317,7 @@ def graded(
     others = [name for name in rows if not name.startswith("Mirror-CFE") and not name.endswith(("k = 1", "driven on"))]
     every = rows | smaller
     of_targets = references[torch.isin(labels, target.unique())]
-    table = Table(f"{on}: {what}", [])
+    table = Table(f"{on}: {len(x)} held-out images", [])
     scores = {
         name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
         for name, own in every.items()
@@ -389,7 +368,16 @@ def graded(
         **over_k,
         "triangulation": strayed(mirror, found, x, target, references, encoded, members),
     }
-    return tables, summary, every
+    if on == "birds":
+        drawn = {
+            "first": torch.stack([each.counterfactual for each in found]),
+            "k = 1": torch.stack([each.mirror_image for each in found]),
+            "trimmed": every["Mirror-CFE, trimmed"].images,
+            "PGD, first": quick.images,
+            "PGD l2, first": euclidean.images,
+        }
+        tables.append(redrawn(classifier, numbers, x, target, drawn, options, summary))
+    return tables, summary
 
 
 def redrawn_birds(

@@ -6,7 +6,7 @@ The folder of photographs, model and weights is found at FINECF_REALDATA, else a
 trained on the training photographs, for all pairs of one group, where FILE is not there yet. Led to another class are
 test photographs that the classifier recognises, to the class of their group whose boundary is nearest, and mistakes
 within a group, of both splits (none was trained on: a decoder learns on what is recognised), to their true class. The
-tables are those of benchmarks/mirror.py.
+columns are those of benchmarks/mirror.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import rich
 import torch
-from mirror import graded, spread
+from mirror import Images, along, beside, logits_of, mirrored, spread
 from real_birds import load_model, real_data
 from torch import Tensor
 
 import finecf
 from finecf.data import ImageFolderDataset
 from finecf.explainers.mirror_cfe import CORRECTIONS, ClassDistances
+from finecf.metrics import counterfactual_scores, pgd
 from finecf.metrics.tables import Table
 from finecf.training import mirror_recipe, train_decoder
 
@@ -62,11 +63,51 @@ def ranked(mirror: finecf.MirrorCFE, wrong: Tensor, truth: Tensor, logits: Tenso
     return table
 
 
+def graded(mirror: finecf.MirrorCFE, what: str, x: Tensor, target: Tensor) -> list[Table]:
+    """Mirror-CFE's images beside PGD's, and the differences on the same images."""
+    classifier = mirror.classifier
+    started = time.perf_counter()
+    found = mirror.explain(x, target, trim=True)
+    seconds = (time.perf_counter() - started) / len(x)
+    path = mirror.latent_path(x, target, steps=2)
+    first, end = mirrored(found, path, path.latents[:, 0])
+    cut = torch.tensor([each.trimmed_image is not None for each in found])
+    less = [each.mirror_image if each.trimmed_image is None else each.trimmed_image for each in found]
+    rows = {"Mirror-CFE, first": first, "Mirror-CFE, k = 1": end}
+    attacks = {
+        "PGD, first": pgd(classifier, x, target),
+        "PGD l2, first": pgd(classifier, x, target, norm="l2"),
+        "PGD blur, first": pgd(classifier, x, target, blur=1.0),
+    }
+    others = {"Mirror-CFE, trimmed": (torch.stack(less), cut)}
+    others |= {name: (attack.images, attack.found) for name, attack in attacks.items()}
+    for name, (images, done) in others.items():
+        rows[name] = Images(images, done, along(path, logits_of(classifier, images)))
+    scores = {
+        name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
+        for name, own in rows.items()
+    }
+    table = Table(f"photographs: {what}", [])
+    for name, own in scores.items():
+        means = own.means()
+        table.rows[name] = {
+            "found": float(rows[name].found.double().mean()),
+            "valid": means["valid"],
+            "denoised valid": means["denoised_valid"],
+            "L1": means["l1"],
+            "latent error": means["latent_error"],
+        }
+    table.columns = list(table.rows["PGD, first"])
+    table.notes.append(f"{seconds:.0f} s an image for strip, first counterfactual, mirror image and trimming.")
+    title = f"photographs: Mirror-CFE's first counterfactual minus another's; {what}"
+    return [table, beside(title, "Mirror-CFE, first", list(attacks), rows, scores)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", type=Path, required=True, help="where it is, or is to be")
-    parser.add_argument("--images", type=int, default=60)
-    parser.add_argument("--mistakes", type=int, default=60)
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--mistakes", type=int, default=20)
     parser.add_argument("--steps", type=int, help="of the training; default: the recipe's")
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--soften", type=float, help="in pixels; default: as the decoder's file says")
@@ -87,7 +128,7 @@ def main() -> None:
     read = {split: photos.images() for split, photos in photographs.items()}
     truth = {split: torch.tensor(photos.labels) for split, photos in photographs.items()}
     logits = {split: torch.cat([classifier.logits(part) for part in each.split(BATCH)]) for split, each in read.items()}
-    notes = []
+    notes: list[str] = []
     if not options.decoder.is_file():
         started = time.perf_counter()
         train_decoder(
@@ -107,23 +148,21 @@ def main() -> None:
     mirror = finecf.MirrorCFE(
         classifier, options.decoder, corrections=options.corrections, soften=options.soften, progress=True
     )
-    known = (logits["test"].argmax(1) == truth["test"]).nonzero()[:, 0]
-    known = spread(known, options.images)
-    x = read["test"][known]
-    away = distances(mirror, x).distance.masked_fill(~alike[truth["test"][known]], torch.inf)
-    assert bool(away.isfinite().any(1).all()), "an image is led to none of its look-alikes"
     right = {split: logits[split].argmax(1) == truth[split] for split in read}
     wrong, labels, said = (torch.cat([own[s][~right[s]] for s in read]) for own in (read, truth, logits))
     tables = [ranked(mirror, wrong, labels, said)]
-    within = spread(alike[said.argmax(1), labels].nonzero()[:, 0], options.mistakes)
-    # No mistake is among the real images that it is led to and compared with.
-    references, shown = (own["train"][right["train"]] for own in (read, truth))
-    for what, images, target in (
-        (f"{len(x)} held-out images, led to the nearest look-alike", x, away.argmin(1)),
-        (f"{len(within)} mistakes, led to their true class", wrong[within], labels[within]),
-    ):
-        if len(images):
-            tables += graded("photographs", what, mirror, images, target, references, shown)[0]
+    led = {}
+    if options.images:
+        known = spread(right["test"].nonzero()[:, 0], options.images)
+        x = read["test"][known]
+        away = distances(mirror, x).distance.masked_fill(~alike[truth["test"][known]], torch.inf)
+        assert bool(away.isfinite().any(1).all()), "an image is led to none of its look-alikes"
+        led[f"{len(x)} held-out images, led to the nearest look-alike"] = x, away.argmin(1)
+    if options.mistakes:
+        within = spread(alike[said.argmax(1), labels].nonzero()[:, 0], options.mistakes)
+        led[f"{len(within)} mistakes, led to their true class"] = wrong[within], labels[within]
+    for what, (images, target) in led.items():
+        tables += graded(mirror, what, images, target)
     tables[0].notes += notes
     for table in tables:
         rich.print(table)
