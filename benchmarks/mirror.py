@@ -496,6 +496,14 @@ def worth(on: str, summaries: dict[str, dict[str, Tensor]]) -> list[Table]:
     ]
 
 
+def publish(tables: list[Table], markdown: Path | None) -> None:
+    """Print the tables, and write them to a file where one is named."""
+    for table in tables:
+        rich.print(table)
+    if markdown is not None:
+        markdown.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", default="digits", choices=["digits", "birds", "fashion"])
@@ -530,10 +538,7 @@ def main() -> None:
     else:
         file = options.decoder or shipped_decoder(options.on)
         tables, _ = score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)
-    for table in tables:
-        rich.print(table)
-    if options.markdown is not None:
-        options.markdown.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    publish(tables, options.markdown)
 
 
 if __name__ == "__main__":

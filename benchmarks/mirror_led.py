@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import rich
 import torch
 import torch.nn.functional as F
-from mirror import birds_options, chosen_images, logits_of, nearer, redrawn_birds
+from mirror import birds_options, chosen_images, logits_of, nearer, publish, redrawn_birds
 from torch import Tensor
 
 from finecf.explainers._shared import lead_of
@@ -143,9 +142,7 @@ def main() -> None:
             enter(f"{kind}, {where}", *lead(classifier, x, target, place, kind, options.steps))
     table.columns = list(max(table.rows.values(), key=len))
     table.notes.append("Scored on those that are called the target. Inside, outside: negative is closer.")
-    rich.print(table)
-    if options.markdown is not None:
-        options.markdown.write_text(table.markdown(), encoding="utf-8")
+    publish([table], options.markdown)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-import rich
 import torch
-from mirror import Images, along, beside, logits_of, mirrored, spread
+from mirror import Images, along, beside, logits_of, mirrored, publish, spread
 from real_birds import load_model, real_data
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from finecf.data import ImageFolderDataset
 from finecf.explainers.mirror_cfe import CORRECTIONS, ClassDistances
 from finecf.metrics import counterfactual_scores, pgd
 from finecf.metrics.tables import Table
-from finecf.training import mirror_recipe, train_decoder
+from finecf.training import train_decoder
 
 BATCH = 32
 
@@ -136,7 +135,6 @@ def main() -> None:
             (read["train"], truth["train"]),
             pairs,
             options.decoder,
-            mirror_recipe("photographs"),
             steps=options.steps,
             precision="bfloat16",
             progress=True,
@@ -164,10 +162,7 @@ def main() -> None:
     for what, (images, target) in led.items():
         tables += graded(mirror, what, images, target)
     tables[0].notes += notes
-    for table in tables:
-        rich.print(table)
-    if options.markdown is not None:
-        options.markdown.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    publish(tables, options.markdown)
 
 
 if __name__ == "__main__":

@@ -390,8 +390,8 @@ def train(
         if model is not None:
             if data is None:
                 raise ValueError("--model needs --data, a folder of images with one subfolder for each class")
-            if reflection is not None and reflection not in REFLECTIONS:
-                raise ValueError(f"--reflection must be one of {', '.join(REFLECTIONS)}; got {reflection!r}")
+            if reflection is not None:
+                one_of("--reflection", reflection, REFLECTIONS)
             one_of("--precision", precision, PRECISIONS)  # what follows may look through all images first
             checked_weights(losses)
             checked_checkpoint(path)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -65,19 +66,19 @@ def _block(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class SkipEditor(nn.Module):
+class SkipEditor(nn.Module, ABC):
     """Draws what a skip level would look like under the moved map; the subclasses say how."""
 
     draw: nn.Conv2d
     """The last convolution, whose bias there is."""
 
+    @abstractmethod
     def prepare(self, skip: Tensor) -> Tensor:
         """What of the source's map [B,c,H,W] does not depend on k."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, prepared: Tensor, features: Tensor) -> Tensor:
         """[B,c,H,W] of what `prepare` gave and the moved map [B,D,h,w]."""
-        raise NotImplementedError
 
 
 class PatternEditor(SkipEditor):
