@@ -879,9 +879,9 @@ def _confused(classifier: Classifier, predicted: Sequence[int], truth: Sequence[
             f"the model confuses no two classes on these {len(truth)} images (of which it recognises at least two "
             "each): name pairs to lead between, --pair A=B"
         )
-    few = [f"{classifier.class_name(p)} - {classifier.class_name(q)} ({mistakes[p, q]} mistakes)" for p, q in pairs[:5]]
+    few = [f"{classifier.class_name(p)} - {classifier.class_name(q)} ({mistakes[p, q]})" for p, q in pairs[:5]]
     more = f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
-    rich.print(escape(f"Pairs that it confuses: {', '.join(few)}{more}. --pair A=B names others."))
+    rich.print(escape(f"Pairs that it confuses, and how often: {', '.join(few)}{more}. --pair A=B names others."))
     return pairs
 
 

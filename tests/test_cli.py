@@ -314,7 +314,7 @@ def test_a_decoder_for_ones_own_model_is_trained_and_explains(folder: Path) -> N
     code, output = train_own(folder, "--size", 32)
     assert code == 0, output
     # Each colour is taken for one other once; in these three pairs each class has five images that are recognised.
-    for pair in ("blue - green (1 mistakes)", "green - red (1 mistakes)", "blue - red (1 mistakes)"):
+    for pair in ("blue - green (1)", "green - red (1)", "blue - red (1)"):
         assert pair in " ".join(output.split())
     assert "A decoder for 3 pairs of classes" in " ".join(output.split())
     decoder = ("--decoder", folder / "own.safetensors")
