@@ -24,7 +24,8 @@ from torch import Tensor
 
 import finecf
 from finecf.data import ImageFolderDataset
-from finecf.explainers.mirror_cfe import CORRECTIONS, ClassDistances
+from finecf.explainers import ClassDistances
+from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.metrics import counterfactual_scores, pgd
 from finecf.metrics.tables import Table
 from finecf.training import train_decoder

@@ -1,9 +1,10 @@
 """Explainers: which parts of an image decided, and what would have decided otherwise."""
 
+from finecf.explainers._latent_path import ClassDistances, LatentPath
 from finecf.explainers._mirror_fit import TrainingStopped
 from finecf.explainers._trim import Trimmed, trim
 from finecf.explainers.fgvce import FGVCE, PRESETS
-from finecf.explainers.mirror_cfe import ClassDistances, LatentPath, MirrorCFE
+from finecf.explainers.mirror_cfe import MirrorCFE
 from finecf.explainers.result import (
     Edit,
     Explanation,

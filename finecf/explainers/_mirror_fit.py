@@ -10,14 +10,11 @@ import json
 import math
 import operator
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, NamedTuple, cast
 
 import torch
@@ -552,30 +549,6 @@ class Trainer:
                 moments.setdefault(int(number), {})[what] = value
             optimiser = self.optimisers[name]
             optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-
-
-@contextmanager
-def interrupted_after() -> Iterator[None]:
-    """Ctrl-C waits for the end of what is inside, unless it is pressed twice."""
-    plain = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not plain:
-        yield
-        return
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            plain(number, frame)
-        pressed = True
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, plain)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def _whole(value: object) -> int:

@@ -13,30 +13,27 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from finecf.explainers import _mirror_fit as fitting
-from finecf.explainers._memory import budget_for, checked_micro_batch, graph_bytes
-from finecf.explainers._mirror_draw import Canvas, Steps, least_change, places_of
+from finecf.explainers._latent_path import ClassDistances, LatentPath, path_of
+from finecf.explainers._memory import budget_for, checked_micro_batch
+from finecf.explainers._mirror_correct import Counts, Drawing, first_counterfactual
+from finecf.explainers._mirror_draw import Canvas, Steps, places_of
+from finecf.explainers._mirror_train import run
 from finecf.explainers._reflection import (
     REFLECTIONS,
     GapHead,
-    Reflected,
     linear_flip,
     map_steps,
-    shifted_maps,
 )
 from finecf.explainers._shared import (
     check_range,
     class_indices,
-    lead_of,
     one_of,
     originals,
     plain,
@@ -49,99 +46,17 @@ from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Proba
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
 from finecf.models.fold import tolerance
-from finecf.regions.baseline import gaussian_blur
 
 SHIFTS: Final = ("uniform", "per_cell")
 UNTRAINED: Final = ("warn", "refuse")
 
 CORRECTIONS: Final = 8
 """How often an image is drawn anew at most, unless another number is given."""
-_LONGEST: Final = 0.25
-"""No correction moves a map by more than this share of its whole way."""
-_SETTLED: Final = 0.02
-"""An image that is short of less than this share of the way between its two classes is not corrected."""
-_MISSED: Final = 1e-3
-"""Logits that miss the swapped ones by less than this share of the classes' gap count as swapped."""
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
 _PIXELS: Final = 8 * 128 * 128
 """So many pixels are drawn at once on the CPU."""
 
 Target = int | str | Tensor | Sequence[int | str]
-
-
-@dataclass(frozen=True, eq=False)
-class LatentPath:
-    """Latents and what the head says of them, from the image (k = 0) over the boundary (1/2) to its mirror image (1).
-
-    Attributes:
-        k: float64 [K].
-        source, target: int64 [B].
-        latents: [B,K,D], in the dtype of the features.
-        logits: float64 [B,K,C].
-        k_star: float64 [B]: the first counterfactual, the smallest k in [0,1] from which the target is the class of
-            largest logit (just beyond the boundary); NaN where there is none.
-        residual: float64 [B]: largest difference at k = 1 from the logits with source and target swapped.
-        reflection: "closed_form", "lbfgs" or "two_class".
-        notes: what a reader must know.
-    """
-
-    k: Tensor
-    source: Tensor
-    target: Tensor
-    latents: Tensor
-    logits: Tensor
-    k_star: Tensor
-    residual: Tensor
-    reflection: str
-    notes: list[str]
-
-    def __repr__(self) -> str:
-        images, places, width = self.latents.shape
-        noted = f", {len(self.notes)} notes" if self.notes else ""
-        return f"LatentPath({images} images x {places} k x {width}, {self.reflection!r}{noted})"
-
-    @property
-    def probabilities(self) -> Tensor:
-        """Softmax of the logits, float64 [B,K,C]."""
-        return self.logits.softmax(-1)
-
-    @property
-    def confidences(self) -> Tensor:
-        """Probabilities of source and target, float64 [B,K,2]."""
-        pair = torch.stack([self.source, self.target], 1)[:, None].expand(-1, len(self.k), -1)
-        return self.probabilities.gather(-1, pair)
-
-    @property
-    def first_flip(self) -> Tensor:
-        """The first of the given k at which the target wins, float64 [B]; NaN: at none of them."""
-        won = self.logits.argmax(-1) == self.target[:, None]
-        first = self.k[won.int().argmax(1)]
-        return torch.where(won.any(1), first, math.nan)
-
-
-@dataclass(frozen=True, eq=False)
-class ClassDistances:
-    """How far images are from each class.
-
-    Attributes:
-        distance: float64 [B,C]: Euclidean distance in feature space to the first counterfactual of each class; inf
-            where there is none, 0 for the source.
-        k_star: float64 [B,C]; NaN where there is none, and for the source.
-        source: int64 [B].
-    """
-
-    distance: Tensor
-    k_star: Tensor
-    source: Tensor
-
-    def __repr__(self) -> str:
-        return f"ClassDistances({self.distance.shape[0]} images x {self.distance.shape[1]} classes)"
-
-    def nearest(self, count: int = 5) -> Tensor:
-        """The `count` nearest classes but the source, at most all, nearest first, int64; ties to the lowest index."""
-        own = self.distance.clone()
-        own.scatter_(1, self.source[:, None], math.nan)  # sorted behind all others
-        return own.argsort(dim=1, stable=True)[:, : min(count, own.shape[1] - 1)]
 
 
 class MirrorCFE:
@@ -269,7 +184,9 @@ class MirrorCFE:
             head = self._gap_head(features, logits)
             own, wanted = self._classes(logits, source, target)
             reflected = head.reflect(features.mean((2, 3)), own, wanted, self.reflection)
-            return self._path(head, reflected, own, wanted, places_of("steps", steps, x.device), features.dtype)
+            return path_of(
+                head, reflected, own, wanted, places_of("steps", steps, x.device), features.dtype, self.reflection
+            )
 
     def class_distances(self, images: object, *, source: Target | None = None) -> ClassDistances:
         """How far each image is from every class: all targets at once, by the closed form (or eq. 1).
@@ -298,41 +215,6 @@ class MirrorCFE:
                 distances.append(torch.where(rows == pairs, 0.0, length).view(-1, classes))
                 stars.append(star.view(-1, classes))
             return ClassDistances(torch.cat(distances), torch.cat(stars), own)
-
-    def _path(
-        self, head: GapHead, reflected: Reflected, own: Tensor, wanted: Tensor, k: Tensor, dtype: torch.dtype
-    ) -> LatentPath:
-        classes = reflected.logits.shape[1]
-        moved = reflected.start[:, None] + k[:, None] * reflected.step[:, None]
-        if reflected.slope is None:
-            logits = head.logits(moved.flatten(0, 1)).double().view(len(own), len(k), classes)
-            end = head.logits(reflected.start + reflected.step).double()
-        else:
-            logits = reflected.logits[:, None] + k[:, None] * reflected.slope[:, None]
-            end = reflected.logits + reflected.slope
-        rows = torch.arange(len(own), device=own.device)
-        swapped = reflected.logits.clone()
-        swapped[rows, own], swapped[rows, wanted] = reflected.logits[rows, wanted], reflected.logits[rows, own]
-        residual = (end - swapped).abs().amax(1)
-        star = head.first_flip(reflected, wanted)
-        notes = []
-        gap = (reflected.logits[rows, own] - reflected.logits[rows, wanted]).abs()
-        # Along two classes the others move along anyway.
-        if (
-            self.reflection != "two_class"
-            and len(own)
-            and float(residual.max()) > _MISSED * max(float(gap.max()), 1e-6)
-        ):
-            why, advice = "the search did not arrive", ""
-            if head.weight is not None and head.rank < classes:
-                why = f"the head's weight has rank {head.rank} for {classes} classes"
-                advice = '. reflection="two_class" crosses the boundary of any two classes'
-            notes.append(
-                f"{why}: the logits cannot all be kept, and at k = 1 they miss the swapped ones by up to "
-                f"{float(residual.max()):.2g}; {int(star.isnan().sum())} of {len(own)} latents become no counterfactual"
-                f"{advice}"
-            )
-        return LatentPath(k, own, wanted, moved.to(dtype), logits, star, residual, self.reflection, notes)
 
     def _gap_head(self, features: Tensor, logits: Tensor) -> GapHead:
         """The head as a function of the mean over cells; checked on these maps, and built once per classifier."""
@@ -541,8 +423,9 @@ class MirrorCFE:
             "torch": torch.__version__,
             **self._ways(),
         }
+        shown = None if preview is None else lambda step: preview(step, self)
         try:
-            self._train(trainer, state, save_every, preview, preview_every)
+            run(trainer, state, save_every, shown, preview_every, self.progress)
         finally:
             net.eval().requires_grad_(False)
             self.meta["steps_done"] = trainer.step
@@ -571,56 +454,6 @@ class MirrorCFE:
                 UserWarning,
                 stacklevel=4,  # above fit's inference_mode
             )
-
-    def _train(
-        self,
-        trainer: fitting.Trainer,
-        state: Path | None,
-        save_every: int,
-        preview: Callable[[int, MirrorCFE], object] | None,
-        preview_every: int,
-    ) -> None:
-        saved = state if trainer.step else None
-        # A state counts once the step after it has shown that its losses are numbers.
-        untried = None if state is None else state.with_name(state.name + ".new")
-        waiting = False
-        with _training_bar(self.progress, trainer) as advance:
-            try:
-                while trainer.step < trainer.recipe.steps:
-                    with fitting.interrupted_after():
-                        losses = trainer.advance()
-                    advance(losses)
-                    if state is not None and untried is not None:
-                        if waiting:
-                            untried.replace(state)
-                            saved, waiting = state, False
-                        if trainer.step % save_every == 0:
-                            trainer.save(untried)
-                            waiting = True
-                    if preview is not None and trainer.step % preview_every == 0:
-                        trainer.decoder.eval()
-                        preview(trainer.step, self)
-                        trainer.decoder.train()
-                trainer.check_weights()  # no step comes that would show it
-            except KeyboardInterrupt:
-                done = f"training was interrupted after {trainer.step} of {trainer.recipe.steps} steps"
-                if state is not None and trainer.whole:
-                    trainer.save(state)
-                    saved, waiting = state, False
-                if saved is None and not waiting:
-                    raise KeyboardInterrupt(f"{done}; no state was written") from None
-                raise KeyboardInterrupt(f"{done}; the same call goes on from the state in {state}") from None
-            except fitting.TrainingStopped as stop:
-                waiting = False
-                where = f"; the last good state is in {saved}"
-                if saved is None:
-                    where = "; no state was kept " + ("(give checkpoint=)" if state is None else f"yet ({save_every=})")
-                raise fitting.TrainingStopped(stop.loss, stop.step, stop.value, where) from None
-            finally:
-                if state is not None and untried is not None:
-                    if waiting:  # something else ended the training, such as the preview
-                        untried.replace(state)
-                    untried.unlink(missing_ok=True)
 
     def save(self, path: str | os.PathLike[str], **more: object) -> None:
         """Write the decoder, what it was trained on and the classifier's fingerprint to a safetensors file."""
@@ -788,7 +621,8 @@ class MirrorCFE:
         started = time.perf_counter()
         drawing = self._drawing(decoder, x, own, wanted)
         canvas = drawing.canvas
-        path = self._path(drawing.head, drawing.reflected, canvas.source, canvas.target, k, canvas.features.dtype)
+        moved = drawing.head, drawing.reflected, canvas.source, canvas.target
+        path = path_of(*moved, k, canvas.features.dtype, self.reflection)
         strip, strip_logits, strip_latents = [], [], []
         rows = torch.arange(len(x), device=x.device)
         for each in k:
@@ -796,7 +630,7 @@ class MirrorCFE:
             strip.append(image)
             strip_logits.append(logits.double())
             strip_latents.append(features.mean((2, 3)))
-        first_k, first, first_logits = self._first(drawing)
+        first_k, first, first_logits = first_counterfactual(drawing, self.resolution)
         in_strip = {place: number for number, place in enumerate(k.tolist())}
 
         def drawn_at(place: float) -> tuple[Tensor, Tensor]:
@@ -881,7 +715,7 @@ class MirrorCFE:
         limits = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
         return trim(self.classifier, x, ends, canvas.target, grid=grid, **limits)
 
-    def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> _Drawing:
+    def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> Drawing:
         if decoder.shape.skips:
             *skips, features = self.classifier.pyramid(x)
             logits = self.classifier.logits_from(features)
@@ -899,30 +733,9 @@ class MirrorCFE:
         if self.shift == "per_cell":  # a map for each image: half the memory will do
             moves = moves.to(features.dtype)
         canvas = Canvas.of(self.classifier, decoder, x, features, own, wanted, skips, self.soften)
-        counts = _Counts(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        counts = Counts(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         settings = self.corrections, self.correction_blur, self.budget
-        return _Drawing(canvas, head, logits, reflected, moves, *settings, counts)
-
-    def _first(self, drawing: _Drawing) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The first k beyond 1/2 at which each image is called the target, that image, and its logits."""
-        count = len(drawing.canvas.source)
-        device = drawing.canvas.source.device
-        found = torch.full((count,), math.nan, dtype=torch.float64, device=device)
-        nothing = drawing.canvas.features.new_empty(0)
-        images, logits = [nothing] * count, [nothing] * count
-        open_rows = torch.arange(count, device=device)
-        number = math.ceil(0.5 / self.resolution - 1e-9)
-        for place in range(1, number + 1):
-            k = 0.5 + 0.5 * place / number
-            image, _, said = drawing.at(open_rows, torch.full((len(open_rows),), k, dtype=torch.float64, device=device))
-            won = said.argmax(1) == drawing.canvas.target[open_rows]
-            for position, row in enumerate(open_rows.tolist()):
-                if won[position]:
-                    found[row], images[row], logits[row] = k, image[position], said[position]
-            open_rows = open_rows[~won]
-            if len(open_rows) == 0:
-                break
-        return found, images, logits
+        return Drawing(canvas, head, logits, reflected, moves, *settings, counts)
 
     def _ways(self) -> dict[str, object]:
         """How this explainer draws, as a decoder's file says it."""
@@ -987,135 +800,6 @@ class MirrorCFE:
         return torch.stack([each.maps["change"] for each in found])[:, None]
 
 
-@dataclass
-class _Counts:
-    """What drawing a batch has taken so far.
-
-    Attributes:
-        seen: int64 [B], images that the classifier has seen for each.
-        graph: bytes that the graph of one drawing holds; 0 before the first.
-    """
-
-    seen: Tensor
-    graph: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Drawing:
-    """A batch of images with all that drawing them at any k needs."""
-
-    canvas: Canvas
-    head: GapHead
-    logits: Tensor
-    reflected: Reflected
-    steps: Tensor
-    """What `map_steps` gave."""
-    corrections: int
-    blur: float
-    budget: int
-    """Bytes for the graphs of corrections."""
-    counts: _Counts
-
-    def at(self, rows: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images of some rows at their k [n], and the map and logits that the classifier makes of them.
-
-        Where an image is short of what its latent says, its map is moved by the least change that makes up for it, and
-        drawn anew; the drawing that is short of least stays.
-        """
-        maps = shifted_maps(self.canvas.features[rows], self.steps[rows], k)
-        prior = self.canvas.prior(rows, maps, k)  # that of k, wherever corrections move the map
-        images, features, logits = self._draw(rows, maps, prior)
-        if not self.corrections or not bool(k.any()):
-            return images, features, logits
-        start, step = self.reflected.start[rows], self.reflected.step[rows]
-        before, wanted, end = (self._behind(rows, self.head.logits(start + part * step)) for part in (0, k[:, None], 1))
-        least = self._short(rows, logits, self._blurred(images), wanted).abs()
-        settled = torch.where(k == 0, math.inf, _SETTLED * (before - end)[:, 0].abs())
-        steps = self.steps[rows]
-        cells = maps[0].numel() // steps[0].numel()  # a uniform step stands once for all cells
-        longest = _LONGEST * math.sqrt(cells) * steps.double().flatten(1).norm(dim=1)
-        images, logits = images.clone(), logits.clone()  # they may be the model's own
-        open_rows = (least > settled).nonzero()[:, 0]
-        for left in reversed(range(self.corrections + 1)):
-            if len(open_rows) == 0:
-                break
-            own, own_maps, own_wanted = rows[open_rows], maps[open_rows], wanted[open_rows]
-            own_prior = None if prior is None else prior[open_rows]
-            if left:
-                *again, short, slope = self._slope(own, own_maps, own_prior, own_wanted)
-            else:
-                again = [*self._draw(own, own_maps, own_prior)]
-                short = self._short(own, again[2], self._blurred(again[0]), own_wanted)
-            better = short.abs() < least[open_rows]
-            chosen = open_rows[better]
-            least[chosen] = short.abs()[better]
-            for kept, new in zip((images, features, logits), again, strict=True):
-                kept[chosen] = new[better].to(kept.dtype)
-            if left:
-                change = least_change(short, slope, longest[open_rows])
-                maps[open_rows] = own_maps + change
-                more = (least[open_rows] > settled[open_rows]) & (change != 0).flatten(1).any(1)
-                open_rows = open_rows[more]
-        return images, features, logits
-
-    def _draw(self, rows: Tensor, maps: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `at`, of these maps [n,D,h,w]."""
-        self.counts.seen[rows] += 1
-        images = self.canvas.draw(rows, maps, prior)
-        return images, *self.canvas.classifier.features_and_logits(images)
-
-    def _blurred(self, images: Tensor) -> Tensor | None:
-        """The logits of blurred images, where these count."""
-        return self.canvas.classifier.logits(gaussian_blur(images, self.blur)) if self.blur else None
-
-    def _slope(self, rows: Tensor, maps: Tensor, prior: Tensor | None, wanted: Tensor) -> tuple[Tensor, ...]:
-        """As `_draw`, what they are short of, and its gradient by the maps; as many at once as the budget lets."""
-        if not self.counts.graph:  # the first image tells how large a graph is; what it gives is not used
-            seen = self.counts.seen.clone()
-            with graph_bytes(self.canvas.classifier.model, self.canvas.decoder) as held:
-                self._slope_at_once(rows[:1], maps[:1], None if prior is None else prior[:1], wanted[:1])
-            self.counts.graph, self.counts.seen = max(1, sum(held.values())), seen
-        parts = [
-            self._slope_at_once(rows[own], maps[own], None if prior is None else prior[own], wanted[own])
-            for own in torch.arange(len(rows), device=rows.device).split(max(1, self.budget // self.counts.graph))
-        ]
-        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
-
-    def _slope_at_once(self, rows: Tensor, maps: Tensor, prior: Tensor | None, wanted: Tensor) -> tuple[Tensor, ...]:
-        classifier = self.canvas.classifier
-        self.counts.seen[rows] += 1
-        with classifier.frozen():
-            maps = maps.detach().clone().requires_grad_()  # a copy: the graph holds its whole storage
-            images = self.canvas.draw(rows, maps, prior)
-            features, logits = classifier.encode(images)
-            blurred = classifier.encode(gaussian_blur(images, self.blur))[1] if self.blur else None
-            short = self._short(rows, logits, blurred, wanted)
-            if not short.requires_grad:
-                raise ValueError(
-                    "images are corrected along the classifier's gradient, and this model gives none (frozen by "
-                    "torch.jit, quantised, or run without gradients): corrections=0 draws every image once"
-                )
-            (slope,) = torch.autograd.grad(short.sum(), maps, allow_unused=True, materialize_grads=True)
-        return *(each.detach() for each in (images, features, logits, short)), slope
-
-    def _short(self, rows: Tensor, logits: Tensor, blurred: Tensor | None, wanted: Tensor) -> Tensor:
-        """By how much more than wanted [n,2] the target is behind source or best other class, whichever is more; of
-        images, or of the mean of them and of blurred ones.
-        """
-        said = self._behind(rows, logits)
-        if blurred is not None:
-            self.counts.seen[rows] += 1
-            said = (said + self._behind(rows, blurred)) / 2
-        return (said - wanted).amax(1)
-
-    def _behind(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """How far the target is behind the source, and behind the best of all other classes: float64 [n,2]."""
-        source, target = self.canvas.source[rows], self.canvas.target[rows]
-        logits = logits.double()
-        of_source = (logits.gather(1, source[:, None]) - logits.gather(1, target[:, None]))[:, 0]
-        return torch.stack([of_source, -lead_of(logits, target)], 1)
-
-
 def _size_of(change: Tensor) -> Tensor:
     """Mean absolute value of each image's change, float64 [B]."""
     return change.double().abs().mean((1, 2, 3))
@@ -1126,26 +810,6 @@ def _note_of_trim(trimmed: Trimmed | None, row: int) -> list[str]:
     if trimmed is None or bool(trimmed.found[row]):
         return []
     return ["the image of k = 1 is not classified as the target, and was not trimmed"]
-
-
-@contextmanager
-def _training_bar(progress: bool | None, trainer: fitting.Trainer) -> Iterator[Callable[[dict[str, float]], object]]:
-    """A bar with the losses beside it."""
-    if not progress:
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    # With all losses it is still a bar in 80 columns.
-    form = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {remaining}{postfix}"
-    with tqdm(total=trainer.recipe.steps, initial=trainer.step, desc="fitting", bar_format=form) as bar:
-
-        def advance(losses: dict[str, float]) -> None:
-            named = (f"{name[:3]} {value:.2f}".replace(" 0.", " .") for name, value in losses.items())
-            bar.set_postfix_str(" ".join(named), refresh=False)
-            bar.update(1)
-
-        yield advance
 
 
 def _named_pairs(classifier: Classifier, pairs: Sequence[Sequence[int]]) -> str:

@@ -291,13 +291,22 @@ def train_decoder(
 
 
 def _previews(folder: Path, pictures: Tensor, labels: Tensor) -> Callable[[int, MirrorCFE], object]:
-    """Writes strips of a few images of the decoder's pairs, one row each."""
+    """Writes strips of a few images of the decoder's pairs, one row each: each image drawn once, as it is learnt."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(step: int, mirror: MirrorCFE) -> None:
         assert mirror.decoder is not None
+        once = MirrorCFE(
+            mirror.classifier,
+            mirror.decoder,
+            reflection=mirror.reflection,
+            shift=mirror.shift,
+            corrections=0,
+            soften=mirror.soften,
+            resolution=0.5,
+        )
         partner = {p: q for pair in mirror.meta["pairs"] for p, q in (pair, pair[::-1])}
         chosen = [i for i, label in enumerate(labels.tolist()) if label in partner][:8]
         predicted = mirror.classifier.logits(mirror.classifier.prepare(pictures[chosen])).argmax(1).tolist()
@@ -305,7 +314,7 @@ def _previews(folder: Path, pictures: Tensor, labels: Tensor) -> Callable[[int, 
         targets = [partner[label] for label in predicted if label in partner]
         if not shown:
             return
-        found = mirror.explain(pictures[shown], targets, steps=9)
+        found = once.explain(pictures[shown], targets, steps=9)
         low, high = (each[0].cpu() for each in (mirror.decoder.low, mirror.decoder.high))
         rows = [(torch.cat([each.prepared[None], each.images]).cpu() - low) / (high - low) for each in found]
         strips = torch.cat([row.clamp(0, 1).permute(1, 2, 0, 3).flatten(2) for row in rows], 1)

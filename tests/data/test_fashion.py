@@ -148,11 +148,13 @@ def test_a_decoder_of_ones_own_by_a_recipe(tmp_path: Path) -> None:
         for x, label in zip(*shown, strict=True)
         if int(classifier.logits(classifier.prepare(x[None])).argmax()) in (4, 9)
     ]
-    for row, image in enumerate(known):  # the first of each row is the image, as it was before it was prepared
-        side = image.shape[1]
-        torch.testing.assert_close(
-            drawn[row * side : (row + 1) * side, :side], image.permute(1, 2, 0), rtol=0, atol=1 / 255
-        )
+    # Behind the image, as it was before it was prepared, stand what the decoder draws of it, once for each k.
+    once = finecf.MirrorCFE(classifier, own.decoder, shift="per_cell", corrections=0)
+    said = classifier.logits(classifier.prepare(torch.stack(known))).argmax(1)
+    paths = once.explain(torch.stack(known), torch.where(said == 4, 9, 4), steps=9)
+    rows = [torch.cat([image[None], (path.images + 1) / 2]) for image, path in zip(known, paths, strict=True)]
+    expected = torch.cat([row.permute(2, 0, 3, 1).flatten(1, 2) for row in rows])
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1 / 255)
 
     small = train_decoder(classifier, (x, labels), [(4, 9)], out, steps=1, image_range=(-1.0, 1.0), reflection="lbfgs")
     assert small.meta["recipe"]["kl_order"] == "latent"  # that for pictures

@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import finecf
 from finecf.explainers import Interrupted, TrainingStopped, _mirror_losses
 from finecf.explainers._mirror_draw import least_change
-from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer, interrupted_after
+from finecf.explainers._mirror_fit import LOSSES, Pool, Recipe, Trainer
+from finecf.explainers._mirror_train import interrupted_after
 from finecf.explainers._reflection import GapHead
 from finecf.metrics import redraw_distances
 from finecf.models.checkpoints import load_tensors
