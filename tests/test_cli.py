@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import finecf
-from finecf import cli
-from finecf.cli import app
+from finecf.cli import _commands, _demo, _user, app
 from finecf.explainers import Interrupted
 from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.models.checkpoints import load_tensors, save_tensors
@@ -238,7 +237,7 @@ def test_smdl_explains_the_prediction_or_the_class_asked_for(folder: Path) -> No
 def decoder_file(folder: Path, model: torch.nn.Module | None = None, side: int = 32, name: str = "decoder") -> Path:
     """An untrained decoder for the folder's model, or another one."""
     path = folder / f"{name}.safetensors"
-    net = cli._from_file(folder / "model.py", "build") if model is None else model
+    net = _user.from_file(folder / "model.py", "build") if model is None else model
     classifier = finecf.wrap(net.eval(), class_names=["a", "b", "c"] if model is None else None)
     images = torch.zeros(1, 3, side, side)
     classifier.logits(images)
@@ -334,7 +333,7 @@ def test_a_decoder_for_ones_own_model_is_trained_and_explains(folder: Path) -> N
     assert meta["recipe"]["conditional"]  # the recipe for photographs
     assert (meta["images"], meta["threads"], meta["recipe"]["steps"]) == (18, 1, 2)
     assert net.shape.image == (3, 72, 72)
-    mean, deviation = cli.IMAGENET
+    mean, deviation = _user.IMAGENET
     torch.testing.assert_close(net.low.flatten(), (0 - mean) / deviation)
     torch.testing.assert_close(net.high.flatten(), (1 - mean) / deviation)
 
@@ -360,8 +359,8 @@ def test_what_a_decoder_for_ones_own_model_needs(folder: Path, monkeypatch: pyte
     def too_late(*_: object) -> list[int]:
         raise AssertionError("the images were looked through")
 
-    predicted = cli._predicted
-    monkeypatch.setattr(cli, "_predicted", too_late)
+    predicted = _commands.predict
+    monkeypatch.setattr(_commands, "predict", too_late)
     model = ("--model", f"{folder / 'model.py'}:build")
     data = ("--data", folder / "data")
     for arguments, message in (
@@ -383,7 +382,7 @@ def test_what_a_decoder_for_ones_own_model_needs(folder: Path, monkeypatch: pyte
         assert code == 2, output
         assert message in " ".join(output.split())
         assert not list(folder.glob("own.*"))
-    monkeypatch.setattr(cli, "_predicted", predicted)
+    monkeypatch.setattr(_commands, "predict", predicted)
     for label in COLOURS:
         (folder / "data" / label / "5.png").unlink()
     code, output = train_own(folder, "--size", 32)
@@ -417,7 +416,7 @@ def test_mirror_says_which_decoder_it_needs(folder: Path, monkeypatch: pytest.Mo
     assert code == 2
     assert "are the same, 'red'" in output
     # A decoder that ships with finecf is found by the model that it was made for.
-    monkeypatch.setattr(cli, "shipped_decoder", lambda name: {"digits": strange, "birds": own}[name])
+    monkeypatch.setattr(_commands, "shipped_decoder", lambda name: {"digits": strange, "birds": own}[name])
     code, output, (row,) = mirror(folder, *known)
     assert code == 0, output
     assert row["asked"] == "green"
@@ -664,7 +663,7 @@ def no_decoder(name: str) -> Path:
 
 def test_the_digits_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
-    monkeypatch.setattr(cli, "shipped_decoder", no_decoder)
+    monkeypatch.setattr(_demo, "shipped_decoder", no_decoder)
     code, output = run("demo", "--dataset", "digits", "-n", 1, "--out", tmp_path / "demo")
     assert code == 0, output
     assert "test digits wrong" in output
@@ -689,7 +688,7 @@ def test_the_digits_demo_mirrors_digits_where_there_is_a_decoder(
     pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
     monkeypatch.setenv("COLUMNS", "80")
     file = decoder_file(tmp_path, finecf.training.load_digits_net()[0])
-    monkeypatch.setattr(cli, "shipped_decoder", lambda name: file)
+    monkeypatch.setattr(_demo, "shipped_decoder", lambda name: file)
     code, output = run("demo", "--dataset", "digits", "-n", 2, "--out", tmp_path / "demo")
     assert code == 0, output
     assert "Mirror-CFE is left out" not in output
@@ -709,14 +708,14 @@ def test_the_birds_that_the_demo_mirrors_have_a_known_answer(tmp_path: Path) -> 
     net, meta = finecf.training.load_birds_net()
     classifier = finecf.wrap(net, class_names=meta["classes"])
     birds = finecf.data.SyntheticBirds("test", n=24)
-    chosen = cli._look_alikes(finecf.MirrorCFE(classifier), birds, 5)
-    assert len(chosen) == cli.DEMO_BIRDS_MIRRORED
+    chosen = _demo.look_alikes(finecf.MirrorCFE(classifier), birds, 5)
+    assert len(chosen) == _demo.BIRDS_MIRRORED
     assert len({birds.family_of(each.target) for each in chosen}) == len(chosen)
     for each in chosen:
         item = birds[birds.find(each.source)]
         probabilities = classifier.logits(each.image[None]).softmax(1)[0]
         assert int(probabilities.argmax()) == item.label != each.target
-        assert float(probabilities.max()) >= cli.DEMO_SURE
+        assert float(probabilities.max()) >= _demo.SURE
         assert birds.family_of(each.target) == birds.family_of(item.label)
         redrawn = birds.redraw(item, each.target).tensor
         assert each.truth is not None
@@ -725,7 +724,7 @@ def test_the_birds_that_the_demo_mirrors_have_a_known_answer(tmp_path: Path) -> 
         differs = (redrawn - item.tensor).abs().amax(0) > 0.05
         assert float((differs & ~each.truth.mask).double().mean()) < 0.02
         assert bool((differs & each.truth.mask).any())
-    assert len(cli._look_alikes(finecf.MirrorCFE(classifier), birds, 1)) == 1
+    assert len(_demo.look_alikes(finecf.MirrorCFE(classifier), birds, 1)) == 1
 
 
 def test_an_unknown_demo_is_refused(tmp_path: Path) -> None:
@@ -747,7 +746,7 @@ def test_ctrl_c_in_a_training_says_where_it_goes_on(monkeypatch: pytest.MonkeyPa
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("training was interrupted after 2 of 6 steps; d.resume holds the state")
 
-    monkeypatch.setattr(cli, "train_mirror", stopped)
+    monkeypatch.setattr(_commands, "train_mirror", stopped)
     code, output = run("train", "mirror")
     assert code == 130
     assert "training was interrupted after 2 of 6 steps" in output
@@ -757,7 +756,7 @@ def test_a_models_file_may_import_its_neighbours(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "finecf_neighbour.py").write_text("from torch import nn\n\nNET = nn.Linear(2, 2)\n")
     (tmp_path / "own.py").write_text("from finecf_neighbour import NET\n\n\ndef build():\n    return NET\n")
-    assert isinstance(cli._from_file(tmp_path / "own.py", "build"), torch.nn.Linear)
+    assert isinstance(_user.from_file(tmp_path / "own.py", "build"), torch.nn.Linear)
     sys.modules.pop("finecf_neighbour")
 
 
@@ -788,3 +787,26 @@ def test_numbers_are_never_cut_in_the_table(
     assert max(map(len, output.splitlines())) <= 80
     for word in ("flip", "edits", "on parts", "ms", "yes", "10", "100%", "12345"):
         assert word in output
+
+
+def test_a_demo_that_was_interrupted_says_so_in_its_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was finished is published all the same."""
+
+    class Finished:
+        explainer = None
+        published = 0
+
+        def __init__(self, **totals: str) -> None:
+            self.totals = totals
+
+        def publish(self, out: Path, more: list[object]) -> None:
+            assert len(more) == 1
+            Finished.published += 1
+
+    for totals, expected in (({}, 0), ({"interrupted": "1 of 3 images explained"}, 130)):
+        runs = [Finished(), Finished(**totals)]
+        monkeypatch.setattr(_commands, "digit_runs", lambda n, runs=runs: runs)
+        code, output = run("demo", "--dataset", "digits", "--out", tmp_path / "demo")
+        assert code == expected, output
+        assert "The whole demo took" in output
+    assert Finished.published == 2
