@@ -138,7 +138,7 @@ def trim(
         starts = range(0, len(x), size)
         parts = [
             _trim_at_once(
-                classifier, change.rows(slice(at, at + size)), wanted[at : at + size], margin, blur, int(rounds)
+                classifier, change.rows(slice(at, at + size)), wanted[at : at + size], margin, blur, int(rounds), at
             )
             for at in starts
         ]
@@ -235,14 +235,14 @@ def _leads(classifier: Classifier, change: _Change, target: Tensor, mask: Tensor
 
 
 def _trim_at_once(
-    classifier: Classifier, change: _Change, target: Tensor, margin: float, blur: float, rounds: int
+    classifier: Classifier, change: _Change, target: Tensor, margin: float, blur: float, rounds: int, before: int
 ) -> tuple[Tensor, ...]:
-    """The fields of `Trimmed`, for images that fit into memory together."""
+    """The fields of `Trimmed`, for images that fit into memory together, and have so many before them."""
     mask = torch.ones(len(target), change.down.shape[1], change.across.shape[1], dtype=torch.float64)
     leads, slopes, called = _leads(classifier, change, target, mask, blur)
     if not bool(leads.isfinite().all()):
-        row = int((~leads.isfinite()).any(1).nonzero()[0, 0])
-        raise ValueError(f"the model gives NaN or inf for counterfactual {row} of a batch")
+        row = before + int((~leads.isfinite()).any(1).nonzero()[0, 0])
+        raise ValueError(f"the model gives NaN or inf for counterfactual {row}")
     found, standing = called[:, 0], called.all(1) & (blur > 0)
     evaluations = torch.full((len(target),), leads.shape[1])
     stands = standing.clone()

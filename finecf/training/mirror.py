@@ -107,7 +107,7 @@ def mirror_recipe(on: str) -> MirrorRecipe:
         raise ValueError(f"there are recipes for {', '.join(RECIPES)}; got {on!r}")
     weights = {"classification": 2.0, "feature": 2.0, "adversarial": 0.3}
     if on == "digits":
-        settings = {"steps": 4000, "augment": 2, "blend": 0.45, "weights": weights}
+        settings = {"steps": 4000, "augment": 2, "blend": 0.45, "weights": weights, "decoder": {"output": "change"}}
         # The shortest way changes least; a decoder that is trained along it draws more for every step of it.
         return MirrorRecipe(DIGIT_PAIRS, settings, reflection="two_class")
     if on in ("fashion", "pictures"):

@@ -309,8 +309,9 @@ def test_a_model_that_gives_nan_is_told_of() -> None:
     classifier = wrapped(Odd())
     x, y, target = ends(wrapped())
     y[2] = 1.0
-    with pytest.raises(ValueError, match="the model gives NaN or inf for counterfactual 2 of a batch"):
-        trim(classifier, x, y, target)
+    for size in (None, 2):  # the number is that among all images, however many are looked at together
+        with pytest.raises(ValueError, match="the model gives NaN or inf for counterfactual 2$"):
+            trim(classifier, x, y, target, micro_batch=size)
 
 
 def test_where_nothing_changes_nothing_is_needed() -> None:
