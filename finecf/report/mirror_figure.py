@@ -220,7 +220,8 @@ def _counterfactual(axes: Axes, explanation: MirrorExplanation, shown: Shown) ->
 def _trimmed(axes: Axes, explanation: MirrorExplanation, shown: Shown, image: Tensor) -> None:
     show(axes, shown(image))
     write_title(axes, "Enough of it", f"{explanation.trimmed_share:.0%} of the change to k = 1")
-    blurred = ", blurred too" if explanation.trimmed_stands else ", not blurred"
+    blur = f"blurred {explanation.trimmed_blur:g} px"
+    blurred = f", {blur} too" if explanation.trimmed_stands else f", not {blur}"
     write_caption(axes, f"says {plain(explanation.target_name)}", RIGHT, line=1, end=blurred)
 
 

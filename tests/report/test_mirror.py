@@ -104,14 +104,19 @@ def test_a_figure_shows_what_is_enough_where_it_was_looked_for() -> None:
     asked = result.target_name
     assert not [text for text in words(result) if "nough of it" in text]
     trimmed = replace(
-        result, trimmed_image=result.prepared, trimmed_mask=torch.ones(2, 2), trimmed_share=0.31, trimmed_stands=True
+        result,
+        trimmed_image=result.prepared,
+        trimmed_mask=torch.ones(2, 2),
+        trimmed_share=0.31,
+        trimmed_blur=1.0,
+        trimmed_stands=True,
     )
     said = words(trimmed)
     assert "Enough of it" in said
     assert "31% of the change to k = 1" in said
-    assert f"says {asked}, blurred too" in said
+    assert f"says {asked}, blurred 1 px too" in said
     assert "a blend of the two that no decoder drew." in " ".join(" ".join(said).split())
-    assert f"says {asked}, not blurred" in words(replace(trimmed, trimmed_stands=False))
+    assert f"says {asked}, not blurred 1 px" in words(replace(trimmed, trimmed_stands=False))
     panels = [len(plot(each).axes) for each in (result, trimmed)]
     assert panels[1] == panels[0] + 1
     mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
