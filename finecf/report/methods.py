@@ -110,12 +110,15 @@ def _mirror_totals(results: Sequence[MirrorExplanation]) -> dict[str, str]:
     at_once = sum(result.taken_at_once for result in results)
     lost = sum(result.lost_at_once for result in results)
     untrained = sum(map(_untrained, results))
-    redrawn = fmean(float(result.maps["difference"].mean()) for result in results)
+    change, from_image = (
+        f"{fmean(float(result.maps[name].mean()) for result in results):.3f}" for name in ("change", "difference")
+    )
     totals = {
         "first k": reached,
         "k = 1": f"{sum(result.mirror_valid for result in results)} of {len(results)}",
-        "change": f"{fmean(float(result.maps['change'].mean()) for result in results):.3f} on average, and "
-        f"{redrawn:.3f} against the image itself",
+        # Where the image at k = 0 is the image itself, both are the same.
+        "change": f"{change} on average"
+        + ("" if change == from_image else f", and {from_image} against the image itself"),
         "gap": f"{fmean(result.confidence_gap for result in results):.3f} on average",
         "latent error": f"{fmean(float(result.latent_error.mean()) for result in results):.2f} on average",
         "seconds": f"{sum(result.seconds for result in results):.1f} for all",

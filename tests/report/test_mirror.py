@@ -425,6 +425,11 @@ def test_totals_say_what_the_decoder_is_to_blame_for() -> None:
     blamed = ("already at k = 0", "another class at k = 0", "untrained pairs")
     assert [totals[name] for name in blamed] == ["1 of 4"] * 3
     assert not {*blamed, "enough of the change"} & set(run.method.totals([found()]))
+    whole = found()
+    apart = replace(whole, maps=Maps({"change": torch.full((2, 2), 0.25), "difference": torch.full((2, 2), 0.5)}))
+    assert run.method.totals([apart])["change"] == "0.250 on average, and 0.500 against the image itself"
+    alike = replace(whole, maps=Maps({"change": torch.full((2, 2), 0.25), "difference": torch.full((2, 2), 0.25)}))
+    assert run.method.totals([alike])["change"] == "0.250 on average"
     shares = [replace(found(), trimmed_image=each.image, trimmed_share=0.2) for each in run.results[:2]]
     assert run.method.totals([*shares, found()])["enough of the change"] == "20% on average, in 2 of 3"
     assert run.method.light(shares[0]).trimmed_share == 0.2
