@@ -125,7 +125,7 @@ def mirror_recipe(on: str) -> MirrorRecipe:
     weights = {"classification": 2.0, "reconstruction": 3.0, "feature": 0.05, "triangulation": 0.05, "adversarial": 0.5}
     settings |= {"decoder": decoder, "weights": weights}
     if on == "photographs":
-        settings |= {"steps": 900, "batch": 8, "learning_rate": 4e-4, "augment": 8, "noise": 0.05, "blur": 2.0}
+        settings |= {"steps": 2700, "batch": 8, "learning_rate": 4e-4, "augment": 8, "noise": 0.05, "blur": 2.0}
         settings |= {"discriminator": (32, 64, 128, 256), "weights": {**weights, "adversarial": 1.0}}
         settings["decoder"] = {**decoder, "editor": "local"}
         return MirrorRecipe((), settings, shift="per_cell", soften=1.5)
