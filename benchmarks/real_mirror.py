@@ -106,8 +106,8 @@ def graded(mirror: finecf.MirrorCFE, what: str, x: Tensor, target: Tensor) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", type=Path, required=True, help="where it is, or is to be")
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--mistakes", type=int, default=20)
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--mistakes", type=int, default=40)
     parser.add_argument("--steps", type=int, help="of the training; default: the recipe's")
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--soften", type=float, help="in pixels; default: as the decoder's file says")

@@ -21,13 +21,15 @@ from finecf.models import CandidateBank, Classifier, wrap
 from finecf.report import Run, Truth
 from finecf.report.run import ASKED
 from finecf.training import load_birds_net, load_digits_net, shipped_decoder
+from finecf.training.mirror import DIGIT_PAIRS
 
 REFERENCES = 800
+"""Birds that the bank is made of."""
 CHOICE = 3
+"""So many times as many mistakes are looked for as are shown, so that these are of various classes."""
 EDITS = 10
 RANKED = 4
 """So many of the demo's mistakes are also explained by SMDL, which takes a second or two for each."""
-DIGIT_PAIRS = ((3, 8), (4, 9), (5, 6))
 BIRDS_MIRRORED = 2
 SURE = 0.9
 """The demo mirrors birds of whose class the network is at least so sure."""

@@ -41,6 +41,7 @@ def progress_bar() -> Progress:
 
 
 def title(method: str, preset: str, data: Path, image: Path | None, target: str | None) -> str:
+    """What a report asks."""
     if method == "fgvce":
         return f"{preset} on {data}" if target is None else f"What would make it {target}?"
     if method == "mirror":
@@ -52,6 +53,7 @@ def title(method: str, preset: str, data: Path, image: Path | None, target: str 
 
 
 def about_smdl(baseline: str, asked: str | None, mistakes: bool) -> str:
+    """What SMDL's report says first."""
     what = "the true class" if mistakes else "the class that the network named" if asked is None else asked
     hidden = {"black": "black", "mean": "the image's mean colour", "blur": "blurred"}[baseline]
     return (
@@ -63,6 +65,7 @@ def about_smdl(baseline: str, asked: str | None, mistakes: bool) -> str:
 
 
 def about_mirror() -> str:
+    """What Mirror-CFE's report says first."""
     return (
         "Mirror-CFE mirrors the network's own features of an image at the boundary between two classes, step by step "
         "(k from 0 to 1), and a decoder draws the image that belongs to each step. Each figure shows the way from the "
@@ -72,6 +75,7 @@ def about_mirror() -> str:
 
 
 def about_fgvce(preset: str, asked: str | None) -> str:
+    """What FG-VCE's report says first."""
     whose, answer = ("the true class", "gave the right answer") if asked is None else (asked, f"said {asked}")
     return (
         f"Each figure shows which cells of the network's last feature map FG-VCE (preset {preset!r}) replaced by cells "

@@ -36,6 +36,7 @@ def user_classifier(
     normalise: str,
     device: torch.device,
 ) -> tuple[ImageFolderDataset, Classifier]:
+    """The images of a folder and the model that the options name, once it has been seen to take one of them."""
     images = ImageFolderDataset(data, size=size)
     class_names = images.class_names if labels is None else _lines(labels)
     if normalise not in ("auto", "imagenet", "none"):
@@ -87,6 +88,7 @@ def _model(spec: str, weights: Path | None, classes: int) -> nn.Module:
 
 
 def from_file(path: Path, function: str) -> nn.Module:
+    """What that function of a Python file returns, where it is a model."""
     if not path.is_file():
         raise FileNotFoundError(f"--model: there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -212,6 +214,7 @@ def index_of_folders(images: ImageFolderDataset, classifier: Classifier) -> list
 def batches(
     images: ImageFolderDataset, indices: Iterable[int], names: Sequence[int], step: int = MICRO_BATCH
 ) -> Iterator[tuple[Tensor, list[int], list[str]]]:
+    """The images of these indices, `step` at a time, with their classes and the names of their files."""
     chosen = list(indices)
     for start in range(0, len(chosen), step):
         own = chosen[start : start + step]

@@ -12,7 +12,7 @@ from types import FrameType
 from finecf.explainers._mirror_fit import Trainer, TrainingStopped
 
 
-def run(
+def run_training(
     trainer: Trainer,
     state: Path | None,
     save_every: int,

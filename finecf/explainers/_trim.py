@@ -242,7 +242,7 @@ def _trim_at_once(
     leads, slopes, called = _leads(classifier, change, target, mask, blur)
     if not bool(leads.isfinite().all()):
         row = before + int((~leads.isfinite()).any(1).nonzero()[0, 0])
-        raise ValueError(f"the model gives NaN or inf for counterfactual {row}")
+        raise ValueError(f"the model gives NaN or inf for counterfactual {row} of those that are trimmed together")
     found, standing = called[:, 0], called.all(1) & (blur > 0)
     evaluations = torch.full((len(target),), leads.shape[1])
     stands = standing.clone()

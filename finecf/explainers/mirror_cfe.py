@@ -24,7 +24,7 @@ from finecf.explainers._latent_path import ClassDistances, LatentPath, path_of
 from finecf.explainers._memory import budget_for, checked_micro_batch
 from finecf.explainers._mirror_correct import Counts, Drawing, first_counterfactual
 from finecf.explainers._mirror_draw import Canvas, Steps, places_of
-from finecf.explainers._mirror_train import run
+from finecf.explainers._mirror_train import run_training
 from finecf.explainers._reflection import (
     REFLECTIONS,
     GapHead,
@@ -425,7 +425,7 @@ class MirrorCFE:
         }
         shown = None if preview is None else lambda step: preview(step, self)
         try:
-            run(trainer, state, save_every, shown, preview_every, self.progress)
+            run_training(trainer, state, save_every, shown, preview_every, self.progress)
         finally:
             net.eval().requires_grad_(False)
             self.meta["steps_done"] = trainer.step

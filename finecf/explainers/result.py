@@ -599,12 +599,14 @@ class MirrorExplanation(Explanation):
         )
         latent = "none" if self.latent_first_k is None else f"k = {self.latent_first_k:.3f}"
         mirror = "is" if self.mirror_valid else "is not"
+        change, difference = (f"{float(self.maps[name].mean()):.3f}" for name in ("change", "difference"))
         lines = [
             head,
             f"{probabilities} ({'the image of k = 1' if self.first_k is None else 'that image'})",
             f"  {drawn} (of the latent: {latent}); the image of k = 1 {mirror} classified as the target",
-            f"  mean pixel change {float(self.maps['change'].mean()):.3f} from what is redrawn at k = 0, "
-            f"{float(self.maps['difference'].mean()):.3f} from the image itself",
+            f"  mean pixel change {change} from what is redrawn at k = 0, {difference} from the image itself"
+            if change != difference
+            else f"  mean pixel change {change}",
             f"  latent against image: confidence gap {self.confidence_gap:.3f}, latent error "
             f"{float(self.latent_error.mean()):.3f}",
         ]

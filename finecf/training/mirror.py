@@ -166,7 +166,7 @@ def train_mirror(
         spatial_prior: whether the decoder is restricted by one, where the recipe has one.
         resume: whether to go on from `<out>.resume`.
         progress: whether to show a bar.
-        previews: a folder for strips of test images.
+        previews: a folder for strips of test images, each drawn once.
         preview_every: steps between two of them.
         command: what the description says made the file.
 
@@ -245,7 +245,7 @@ def train_decoder(
             With "lbfgs", which knows no single cells, all cells of a map are moved alike.
         resume: whether to go on from `<out>.resume`.
         progress: whether to show a bar.
-        previews: a folder for strips of `preview_images`.
+        previews: a folder for strips of `preview_images`, each drawn once.
         preview_images: a batch of images as the classifier's `preprocess` takes them, and labels.
         preview_every: steps between two of them.
         about: what else the file's description says; what it says itself stays.
