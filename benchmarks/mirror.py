@@ -31,6 +31,7 @@ import argparse
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def spread(numbers: Tensor, count: int) -> Tensor:
     return numbers if len(numbers) <= count else numbers[torch.arange(count) * len(numbers) // count]
 
 
+def left_over(numbers: Tensor, graded: int) -> Tensor:
+    """Those that are not among so many, evenly spread, that are graded."""
+    return numbers[~torch.isin(numbers, spread(numbers, graded))]
+
+
 def chosen_images(
     on: str, classifier: Classifier, pairs: tuple[tuple[int, int], ...], options: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +137,7 @@ def chosen_images(
     known = torch.tensor([int(label) in partner for label in labels])
     numbers = ((predicted == labels) & known).nonzero()[:, 0]
     if options.validation and on == "fashion":
-        numbers = numbers[~torch.isin(numbers, spread(numbers, GRADED))]
+        numbers = left_over(numbers, GRADED)
     numbers = spread(numbers, count)
     return numbers, pictures[numbers], torch.tensor([partner[int(label)] for label in labels[numbers]])
 
@@ -160,15 +166,14 @@ def row_of(
     }
 
 
-def mirrored(found: list[MirrorExplanation], path: LatentPath, start: Tensor) -> list[Images]:
-    """Mirror-CFE's first counterfactuals and mirror images."""
+def mirrored(found: list[MirrorExplanation], path: LatentPath) -> list[Images]:
+    """Mirror-CFE's first counterfactuals and mirror images, of a path from k = 0 to 1."""
     k = torch.tensor([1.0 if each.first_k is None else each.first_k for each in found], dtype=torch.float64)
-    end = path.latents[:, -1].double()
-    began = start.double()
+    start, end = path.latents[:, 0].double(), path.latents[:, -1].double()
     first = Images(
         torch.stack([each.counterfactual for each in found]),
         torch.tensor([each.first_k is not None for each in found]),
-        began + k[:, None] * (end - began),
+        start + k[:, None] * (end - start),
     )
     mirror = Images(torch.stack([each.mirror_image for each in found]), torch.ones(len(found), dtype=torch.bool), end)
     return [first, mirror]
@@ -182,6 +187,19 @@ def along(path: LatentPath, logits: Tensor) -> Tensor:
     k = ((lead - ends[:, 0]) / (ends[:, 1] - ends[:, 0])).clamp(0, 1)
     start, end = path.latents[:, 0].double(), path.latents[:, -1].double()
     return start + k[:, None] * (end - start)
+
+
+def placed(classifier: Classifier, path: LatentPath, images: Tensor, found: Tensor) -> Images:
+    """Images of no latent, with that of their place on the path."""
+    return Images(images, found, along(path, logits_of(classifier, images)))
+
+
+def scores_of(classifier: Classifier, x: Tensor, target: Tensor, rows: dict[str, Images]) -> Scores:
+    """Every method's scores, image by image."""
+    return {
+        name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
+        for name, own in rows.items()
+    }
 
 
 def standing(classifier: Classifier, own: Images, wanted: Tensor) -> dict[str, float]:
@@ -267,8 +285,8 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     found = mirror.explain(x, target)
     seconds = (time.perf_counter() - started) / len(x)
     path = mirror.latent_path(x, target, steps=2)
-    start = path.latents[:, 0]
-    first, end = mirrored(found, path, start)
+    start = path.latents[:, 0].double()
+    first, end = mirrored(found, path)
     logits = logits_of(classifier, x)
     gaps = logits.max(1).values - logits.gather(1, target[:, None])[:, 0]
     quick = pgd(classifier, x, target)
@@ -285,43 +303,36 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     robust = pgd(classifier, x, target, blur=1.0)
     real = nearest_unlike_neighbour(classifier, x, target, references, labels=labels)
     everywhere = torch.ones(len(x), dtype=torch.bool)
-
-    def placed(images: Tensor, found: Tensor) -> Images:
-        """Images of no latent, with that of their place on the path."""
-        return Images(images, found, along(path, logits_of(classifier, images)))
-
+    place = partial(placed, classifier, path)
     alike = {
-        "PGD blur": placed(robust.images, robust.found),
-        "nearest real image": placed(real.images, everywhere),
+        "PGD blur": place(robust.images, robust.found),
+        "nearest real image": place(real.images, everywhere),
     }
     started = time.perf_counter()
     less = {"Mirror-CFE, trimmed": trim(classifier, x, end.images, target)}
     trimming = (time.perf_counter() - started) / len(x)
     less["Mirror-CFE, evenly"] = trim(classifier, x, end.images, target, grid=(1, 1))
     less |= {f"{name}, trimmed": trim(classifier, x, own.images, target) for name, own in alike.items()}
-    smaller = {name: placed(each.images, each.found) for name, each in less.items()}
+    smaller = {name: place(each.images, each.found) for name, each in less.items()}
     rows = {
         "Mirror-CFE, first": first,
         "Mirror-CFE, k = 1": end,
         "Mirror-CFE, trimmed": smaller["Mirror-CFE, trimmed"],
-        "PGD, first": placed(quick.images, quick.found),
-        "PGD, driven on": placed(far.images, far.found),
-        "PGD l2, first": placed(euclidean.images, euclidean.found),
+        "PGD, first": place(quick.images, quick.found),
+        "PGD, driven on": place(far.images, far.found),
+        "PGD l2, first": place(euclidean.images, euclidean.found),
         "PGD blur, first": alike["PGD blur"],
     }
     for name, line in lines.items():
-        way = line.k.nan_to_num(1.0)[:, None] * (toward - start.double())
-        rows[f"{name}, first"] = Images(line.images, line.found, start.double() + way)
+        way = line.k.nan_to_num(1.0)[:, None] * (toward - start)
+        rows[f"{name}, first"] = Images(line.images, line.found, start + way)
         rows[f"{name}, k = 1"] = Images(line.strip[:, -1], everywhere, toward)
     rows["nearest real image"] = alike["nearest real image"]
     others = [name for name in rows if not name.startswith("Mirror-CFE") and not name.endswith(("k = 1", "driven on"))]
     every = rows | smaller
     of_targets = references[torch.isin(labels, target.unique())]
     table = Table(f"{on}: {len(x)} held-out images", [])
-    scores = {
-        name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
-        for name, own in every.items()
-    }
+    scores = scores_of(classifier, x, target, every)
     for name, own in rows.items():
         table.rows[name] = row_of(classifier, x, target, own, scores[name], of_targets)
     table.columns = list(next(iter(table.rows.values())))

@@ -6,7 +6,8 @@ The folder of photographs, model and weights is found at FINECF_REALDATA, else a
 trained on the training photographs, for all pairs of one group, where FILE is not there yet. Led to another class are
 test photographs that the classifier recognises, to the class of their group whose boundary is nearest, and mistakes
 within a group, of both splits (none was trained on: a decoder learns on what is recognised), to their true class. The
-columns are those of benchmarks/mirror.py.
+columns are those of benchmarks/mirror.py; --validation takes photographs that the 40 of each kind leave over, for
+choosing settings.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from mirror import Images, along, beside, logits_of, mirrored, publish, spread
+from mirror import beside, left_over, logits_of, mirrored, placed, publish, scores_of, spread
 from real_birds import load_model, real_data
 from torch import Tensor
 
@@ -26,11 +27,13 @@ import finecf
 from finecf.data import ImageFolderDataset
 from finecf.explainers import ClassDistances
 from finecf.explainers.mirror_cfe import CORRECTIONS
-from finecf.metrics import counterfactual_scores, pgd
+from finecf.metrics import pgd
 from finecf.metrics.tables import Table
 from finecf.training import train_decoder
 
 BATCH = 32
+GRADED = 40
+"""Photographs of a kind in the tables of docs/results.md."""
 
 
 def look_alikes(root: Path, names: list[str]) -> Tensor:
@@ -39,6 +42,11 @@ def look_alikes(root: Path, names: list[str]) -> Tensor:
     group = {each["folder"]: each["group"] for each in classes}
     alike = torch.tensor([[group[p] == group[q] for q in names] for p in names])
     return alike.fill_diagonal_(False)
+
+
+def some(numbers: Tensor, count: int, validation: bool) -> Tensor:
+    """So many of them, evenly; for validation of those that are not graded."""
+    return spread(left_over(numbers, GRADED) if validation else numbers, count)
 
 
 def distances(mirror: finecf.MirrorCFE, images: Tensor) -> ClassDistances:
@@ -70,7 +78,7 @@ def graded(mirror: finecf.MirrorCFE, what: str, x: Tensor, target: Tensor) -> li
     found = mirror.explain(x, target, trim=True)
     seconds = (time.perf_counter() - started) / len(x)
     path = mirror.latent_path(x, target, steps=2)
-    first, end = mirrored(found, path, path.latents[:, 0])
+    first, end = mirrored(found, path)
     cut = torch.tensor([each.trimmed_image is not None for each in found])
     less = [each.mirror_image if each.trimmed_image is None else each.trimmed_image for each in found]
     rows = {"Mirror-CFE, first": first, "Mirror-CFE, k = 1": end}
@@ -82,11 +90,8 @@ def graded(mirror: finecf.MirrorCFE, what: str, x: Tensor, target: Tensor) -> li
     others = {"Mirror-CFE, trimmed": (torch.stack(less), cut)}
     others |= {name: (attack.images, attack.found) for name, attack in attacks.items()}
     for name, (images, done) in others.items():
-        rows[name] = Images(images, done, along(path, logits_of(classifier, images)))
-    scores = {
-        name: counterfactual_scores(classifier, x, own.images, target, found=own.found, latents=own.latents.to(x.dtype))
-        for name, own in rows.items()
-    }
+        rows[name] = placed(classifier, path, images, done)
+    scores = scores_of(classifier, x, target, rows)
     table = Table(f"photographs: {what}", [])
     for name, own in scores.items():
         means = own.means()
@@ -110,7 +115,9 @@ def main() -> None:
     parser.add_argument("--mistakes", type=int, default=40)
     parser.add_argument("--steps", type=int, help="of the training; default: the recipe's")
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
+    parser.add_argument("--correction-blur", type=float, default=0.0)
     parser.add_argument("--soften", type=float, help="in pixels; default: as the decoder's file says")
+    parser.add_argument("--validation", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--previews", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -127,7 +134,7 @@ def main() -> None:
     pairs = [(int(p), int(q)) for p, q in alike.nonzero() if p < q]
     read = {split: photos.images() for split, photos in photographs.items()}
     truth = {split: torch.tensor(photos.labels) for split, photos in photographs.items()}
-    logits = {split: torch.cat([classifier.logits(part) for part in each.split(BATCH)]) for split, each in read.items()}
+    logits = {split: logits_of(classifier, each) for split, each in read.items()}
     notes: list[str] = []
     if not options.decoder.is_file():
         started = time.perf_counter()
@@ -145,20 +152,25 @@ def main() -> None:
         )
         notes.append(f"Trained in {(time.perf_counter() - started) / 60:.0f} minutes.")
     mirror = finecf.MirrorCFE(
-        classifier, options.decoder, corrections=options.corrections, soften=options.soften, progress=True
+        classifier,
+        options.decoder,
+        corrections=options.corrections,
+        correction_blur=options.correction_blur,
+        soften=options.soften,
+        progress=True,
     )
     right = {split: logits[split].argmax(1) == truth[split] for split in read}
     wrong, labels, said = (torch.cat([own[s][~right[s]] for s in read]) for own in (read, truth, logits))
     tables = [ranked(mirror, wrong, labels, said)]
     led = {}
     if options.images:
-        known = spread(right["test"].nonzero()[:, 0], options.images)
+        known = some(right["test"].nonzero()[:, 0], options.images, options.validation)
         x = read["test"][known]
         away = distances(mirror, x).distance.masked_fill(~alike[truth["test"][known]], torch.inf)
         assert bool(away.isfinite().any(1).all()), "an image is led to none of its look-alikes"
         led[f"{len(x)} held-out images, led to the nearest look-alike"] = x, away.argmin(1)
     if options.mistakes:
-        within = spread(alike[said.argmax(1), labels].nonzero()[:, 0], options.mistakes)
+        within = some(alike[said.argmax(1), labels].nonzero()[:, 0], options.mistakes, options.validation)
         led[f"{len(within)} mistakes, led to their true class"] = wrong[within], labels[within]
     for what, (images, target) in led.items():
         tables += graded(mirror, what, images, target)
