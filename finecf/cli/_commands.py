@@ -331,7 +331,7 @@ def train(
     ] = None,
     spatial_prior: Annotated[bool, typer.Option(help="mirror: whether only cells of evidence may change.")] = True,
     previews: Annotated[
-        Path | None, typer.Option(help="mirror: a folder for strips of images, one every 500 steps.")
+        Path | None, typer.Option(help="mirror: a folder for strips, one every 500 steps; each image drawn once.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="mirror: your own, torchvision:NAME or FILE.py:FUNCTION, as for explain.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from finecf.report import Run
 
 MIRROR_STEPS = 21
+"""Images of a strip, from k = 0 to 1."""
 INTERRUPTED = "interrupted"
 """The total that says so; such a run is written like any other, and ends with code 130."""
 

@@ -1222,7 +1222,9 @@ def test_the_decoder_that_ships_leads_between_its_digits() -> None:
     assert sum(each.mirror_valid for each in found) >= 23
     assert all(torch.equal(each.reconstruction, each.prepared) for each in found)
     assert sum(each.confidence_gap for each in found) / 24 < 0.05
-    assert sum(float(each.maps["change"].mean()) for each in found) / 24 < 0.15
+    changes = [float(each.maps["change"].mean()) for each in found]
+    assert max(changes) < 0.3
+    assert sum(changes) / 24 < 0.15
 
 
 def test_the_decoder_that_ships_changes_the_birds_where_they_differ() -> None:
