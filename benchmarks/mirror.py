@@ -15,9 +15,10 @@ for its end, the one of the target class that is nearest in pixels; its FID comp
 them. The interpolation is not corrected; --corrections 0 draws Mirror-CFE's images once.
 
 "trimmed": a part of the change to Mirror-CFE's image of k = 1, or to another method's, that suffices
-(`finecf.explainers.trim`); "evenly": the same where all pixels must keep as much of it, a mask of one cell. What they
-stand that they were not made for (a blur of 1.5 pixels, a shift by one round the edge, noise of 0.1) is in a table of
-its own, as shares of those found.
+(`finecf.explainers.trim`), also where it is blurred; "by map cells", "by pixels": with a mask so coarse or so fine,
+"evenly": with a mask of one cell. "on PGD's terms": by pixels, and no blur need be stood, as plain PGD need stand none.
+What all these stand that they were not made for (a blur of 1.5 pixels, a shift by one round the edge, noise of 0.1) is
+in a table of its own, as shares of those found.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
 part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
@@ -82,6 +83,13 @@ PARTIAL = (
 )
 """What trimmed images are held against."""
 TRIMMED = ("Mirror-CFE, trimmed", "PGD blur, trimmed", "nearest real image, trimmed")
+FINER = ("Mirror-CFE, by map cells", "Mirror-CFE, by pixels", "PGD blur, by pixels")
+TERMS = ("Mirror-CFE, on PGD's terms", "PGD, on its own terms", "PGD l2, on its own terms")
+"""Trimmed by pixels, and no blur need be stood."""
+ATTACKS = ("PGD, first", "PGD l2, first", "interpolation, first", "map interpolation, first")
+"""What Mirror-CFE is held against on PGD's terms."""
+DIFFERENCES = {"L1": "l1", "denoised L1": "denoised_l1", "latent error": "latent_error"}
+"""What is compared image by image, and the scores' names of it."""
 GRADED = 600
 """Garments in the table of docs/results.md."""
 BLURS = (0.7, 1.0, 1.5)
@@ -224,12 +232,12 @@ def beside(title: str, own: str, others: list[str], rows: dict[str, Images], sco
     for name in others:
         both = rows[own].found & rows[name].found
         table.rows[name] = {"images": int(both.sum())}
-        for column, score in (("L1", "l1"), ("latent error", "latent_error")):
+        for column, score in DIFFERENCES.items():
             if both.any():
                 table.rows[name][column] = paired_bootstrap(
                     getattr(scores[own], score)[both], getattr(scores[name], score)[both]
                 )
-    table.columns = ["images", "L1", "latent error"]
+    table.columns = ["images", *DIFFERENCES]
     return table
 
 
@@ -313,6 +321,11 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     trimming = (time.perf_counter() - started) / len(x)
     less["Mirror-CFE, evenly"] = trim(classifier, x, end.images, target, grid=(1, 1))
     less |= {f"{name}, trimmed": trim(classifier, x, own.images, target) for name, own in alike.items()}
+    cells, pixels = ((each.shape[-2], each.shape[-1]) for each in (classifier.features(x[:1]), x))
+    for name, images, grid in zip(FINER, (end.images, end.images, robust.images), (cells, pixels, pixels), strict=True):
+        less[name] = trim(classifier, x, images, target, grid=grid)
+    for name, images in zip(TERMS, (end.images, quick.images, euclidean.images), strict=True):
+        less[name] = trim(classifier, x, images, target, grid=pixels, blur=0.0)
     smaller = {name: place(each.images, each.found) for name, each in less.items()}
     rows = {
         "Mirror-CFE, first": first,
@@ -351,11 +364,11 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         "to trim."
     )
     parts = Table(f"{on}: a part of the change that suffices", [])
-    for name in (*PARTIAL, *TRIMMED):
+    for name in (*PARTIAL, *TRIMMED, *FINER, *TERMS):
+        means = scores[name].means()
         parts.rows[name] = {
             "found": float(every[name].found.double().mean()),
-            "L1": scores[name].means()["l1"],
-            "latent error": scores[name].means()["latent_error"],
+            **{column: means[score] for column, score in DIFFERENCES.items()},
             **standing(classifier, every[name], target),
         }
     parts.columns = list(parts.rows["Mirror-CFE, trimmed"])
@@ -367,6 +380,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     versus = (
         (f"{on}: Mirror-CFE's first counterfactual minus another's, of the same images", "Mirror-CFE, first", others),
         (f"{on}: Mirror-CFE's trimmed images minus others, of the same images", TRIMMED[0], [*PARTIAL, *TRIMMED[1:]]),
+        (f"{on}: Mirror-CFE on PGD's terms minus others, of the same images", TERMS[0], [*ATTACKS, *TERMS[1:]]),
     )
     tables = [table, *(beside(*names, every, scores) for names in versus), parts, faithful, blurred]
     members = {int(label): ((labels == label) & recognised).nonzero()[:, 0] for label in labels.unique()}
@@ -384,6 +398,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
             "first": torch.stack([each.counterfactual for each in found]),
             "k = 1": torch.stack([each.mirror_image for each in found]),
             "trimmed": every["Mirror-CFE, trimmed"].images,
+            "by pixels": every["Mirror-CFE, by pixels"].images,
             "PGD, first": quick.images,
             "PGD l2, first": euclidean.images,
         }

@@ -23,6 +23,9 @@ BLUR: Final = 1.0
 """Standard deviation, in pixels, of the blur that what is kept must stand."""
 MARGIN: Final = 0.1
 """The share of its lead that the target must keep."""
+_CELLS: Final = 4
+_PIXELS: Final = 2
+"""A mask has so many cells along a cell of the classifier's map, and none of fewer pixels a side."""
 _FIRST_REACH: Final = 0.5
 _LAST_REACH: Final = 0.02
 """By how much a cell may change in the first round, and in the last."""
@@ -85,7 +88,7 @@ def trim(
         images: float [B,Ch,H,W], as the model takes them.
         counterfactuals: [B,Ch,H,W], whoever made them.
         target: the class wanted, by index or name, for all images or one for each.
-        grid: rows and columns of cells; None: those of the classifier's map.
+        grid: rows and columns of cells; None: four along each cell of the classifier's map, of two pixels at least.
         margin: the share of its lead in the counterfactual that the target must keep, in [0,1).
         blur: standard deviation in pixels; 0: blurred images are not looked at.
         rounds: how often the classifier's gradient is asked for: a forward and a backward of it, two with a blur.
@@ -123,8 +126,8 @@ def trim(
     budget = budget_for(device, memory_budget)
     with plain(device):
         if grid is None:
-            height, width = classifier.features(x[:1] if len(x) else x.new_zeros(1, *x.shape[1:])).shape[2:]
-            grid = min(height, x.shape[2]), min(width, x.shape[3])
+            features = classifier.features(x[:1] if len(x) else x.new_zeros(1, *x.shape[1:]))
+            grid = mask_grid(features.shape[2:], x.shape[2:])
         grid = _checked_grid(grid, x.shape[2:])
         if len(x) == 0:
             none = torch.zeros(0, dtype=torch.bool, device=device)
@@ -143,6 +146,12 @@ def trim(
             for at in starts
         ]
     return Trimmed(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def mask_grid(cells: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a mask, unless others are asked for: of a map of so many cells, for images of this size."""
+    height, width = (max(1, min(_CELLS * own, side // _PIXELS)) for own, side in zip(cells, size, strict=True))
+    return height, width
 
 
 def _checked_grid(grid: object, size: Sequence[int]) -> tuple[int, int]:

@@ -41,7 +41,7 @@ from finecf.explainers._shared import (
     versions,
     wrapped,
 )
-from finecf.explainers._trim import BLUR, MARGIN, Trimmed, check_gradients, trim
+from finecf.explainers._trim import BLUR, MARGIN, Trimmed, check_gradients, mask_grid, trim
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -711,7 +711,7 @@ class MirrorCFE:
         return results
 
     def _trim(self, x: Tensor, ends: Tensor, canvas: Canvas) -> Trimmed:
-        grid = (int(canvas.features.shape[2]), int(canvas.features.shape[3]))
+        grid = mask_grid(canvas.features.shape[2:], x.shape[2:])
         limits = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
         return trim(self.classifier, x, ends, canvas.target, grid=grid, **limits)
 

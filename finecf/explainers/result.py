@@ -503,7 +503,7 @@ class MirrorExplanation(Explanation):
         trimmed_image: [C,H,W], the image with as small a part of its change to `mirror_image` as was found to suffice
             (`finecf.explainers.trim`): a blend of the two that no decoder drew. None where that was not asked for, or
             `mirror_image` is not the target.
-        trimmed_mask: [h,w] in [0,1], how much of the change is kept at the middle of each cell of the map.
+        trimmed_mask: [h,w] in [0,1], how much of the change is kept at the middle of each cell of a grid.
         trimmed_share: that image's mean absolute change as a share of `mirror_image`'s.
         trimmed_margin: the share of the target's lead that was to be kept.
         trimmed_blur, trimmed_stands: a standard deviation in pixels, and whether the trimmed image is the target
@@ -613,7 +613,7 @@ class MirrorExplanation(Explanation):
         if self.trimmed_image is not None:
             part = float((self.trimmed_image - self.prepared).abs().mean())
             lines.append(
-                f"  {self.trimmed_share:.0%} of the change to the image of k = 1 suffices, mean pixel change {part:.3f}"
+                f"  {self.trimmed_share:.1%} of the change to the image of k = 1 suffices, mean pixel change {part:.4f}"
                 f", {'also' if self.trimmed_stands else 'but not'} where it is blurred by {self.trimmed_blur:g} pixels"
             )
         if self.taken_at_once:

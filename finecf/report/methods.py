@@ -125,7 +125,7 @@ def _mirror_totals(results: Sequence[MirrorExplanation]) -> dict[str, str]:
     }
     shares = [result.trimmed_share for result in results if result.trimmed_share is not None]
     if shares:
-        totals["enough of the change"] = f"{fmean(shares):.0%} on average, in {len(shares)} of {len(results)}"
+        totals["enough of the change"] = f"{fmean(shares):.1%} on average, in {len(shares)} of {len(results)}"
     if at_once:
         totals["already at k = 0"] = f"{at_once} of {len(results)}"
     if lost:

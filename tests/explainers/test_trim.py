@@ -99,7 +99,7 @@ def test_of_a_linear_model_the_least_change_is_found() -> None:
     y[:, 2] += torch.linspace(0.0, 0.5, SIDE, device=DEVICE)
     y[:, 2, ::2] += 0.2
     target = torch.tensor([1, 0])
-    found = trim(classifier, x, y, target, blur=0.0, margin=0.2)
+    found = trim(classifier, x, y, target, grid=(4, 4), blur=0.0, margin=0.2)
     assert found.found.all()
     wanted = 0.2 * leads(classifier, y, target)
     assert (leads(classifier, found.images, target) >= wanted - 1e-5).all()
@@ -146,7 +146,7 @@ def test_the_cheapest_mask_that_was_seen_to_suffice_is_kept(margin: float, monke
     monkeypatch.setattr(_trim, "_leads", spy)
     classifier = wrapped()
     x, y, target = ends(classifier, 40)
-    found = trim(classifier, x, y, target, margin=margin, blur=0.8)
+    found = trim(classifier, x, y, target, grid=(4, 4), margin=margin, blur=0.8)
     change = _trim._Change.of(x, y, (4, 4))
     tries = seen[1:]  # the first one tells how large a graph is
     assert len(tries) == 21
@@ -177,7 +177,7 @@ def test_what_is_kept_suffices_and_is_a_part(blur: float, margin: float) -> None
     x, y, target = ends(classifier, 24)
     found = trim(classifier, x, y, target, blur=blur, margin=margin)
     assert found.found.all()
-    assert found.mask.shape == (len(x), 4, 4)
+    assert found.mask.shape == (len(x), 8, 8)
     assert 0 <= float(found.mask.min()) <= float(found.mask.max()) <= 1
     below, above = torch.minimum(x, y) - 1e-6, torch.maximum(x, y) + 1e-6
     assert bool(((found.images >= below) & (found.images <= above)).all())
@@ -194,6 +194,32 @@ def test_what_is_kept_suffices_and_is_a_part(blur: float, margin: float) -> None
     assert float((sizes(found.images - x) / sizes(y - x)).mean()) < 0.3 + 0.6 * margin
     enlarged = nn.functional.interpolate(found.mask[:, None], SIDE, mode="bilinear", align_corners=False)
     torch.testing.assert_close(found.images, x + enlarged * (y - x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cells", "size", "grid"),
+    [
+        ((8, 8), (128, 128), (32, 32)),  # four along a cell of the map
+        ((7, 7), (224, 160), (28, 28)),
+        ((8, 8), (32, 32), (16, 16)),  # no cell is smaller than two pixels
+        ((7, 4), (28, 64), (14, 16)),
+        ((5, 5), (5, 5), (2, 2)),
+        ((1, 1), (1, 3), (1, 1)),
+    ],
+)
+def test_masks_are_finer_than_the_map_and_coarser_than_pixels(
+    cells: tuple[int, int], size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    assert _trim.mask_grid(cells, size) == grid
+
+
+def test_unless_a_grid_is_asked_for_it_is_that() -> None:
+    classifier = wrapped()
+    x, y, target = ends(classifier)
+    assert tuple(classifier.features(x[:1]).shape[2:]) == (4, 4)
+    found = trim(classifier, x, y, target)
+    assert found.mask.shape == (len(x), 8, 8)
+    assert torch.equal(found.images, trim(classifier, x, y, target, grid=(8, 8)).images)
 
 
 def test_choosing_cells_spares_more_than_changing_evenly() -> None:
@@ -427,7 +453,7 @@ def test_explanations_hold_what_suffices(options: dict[str, Any], tmp_path: Path
         assert each.trimmed_stands == bool(one.stands[0])
         part, whole = (sizes((own - each.prepared)[None]) for own in (each.trimmed_image, each.mirror_image))
         assert each.trimmed_share == pytest.approx(float(part / whole), abs=1e-5)
-        assert f"{each.trimmed_share:.0%} of the change to the image of k = 1 suffices" in each.summary()
+        assert f"{each.trimmed_share:.1%} of the change to the image of k = 1 suffices" in each.summary()
         word = "also" if each.trimmed_stands else "but not"
         assert f"{word} where it is blurred by 1 pixels" in each.summary()
         back = finecf.load(each.save(tmp_path / "one.safetensors"))
@@ -447,4 +473,4 @@ def test_where_a_decoder_draws_nothing_nothing_is_needed() -> None:
     for each in found:
         assert torch.equal(each.mirror_image, each.prepared)
         assert each.trimmed_share == 0
-        assert "0% of the change to the image of k = 1 suffices" in each.summary()
+        assert "0.0% of the change to the image of k = 1 suffices" in each.summary()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from explainers.nets import CLASSES, SIZE, images, network
@@ -113,7 +114,7 @@ def test_a_figure_shows_what_is_enough_where_it_was_looked_for() -> None:
     )
     said = words(trimmed)
     assert "Enough of it" in said
-    assert "31% of the change to k = 1" in said
+    assert "31.0% of the change to k = 1" in said
     assert f"says {asked}, blurred 1 px too" in said
     assert "a blend of the two that no decoder drew." in " ".join(" ".join(said).split())
     assert f"says {asked}, not blurred 1 px" in words(replace(trimmed, trimmed_stands=False))
@@ -126,6 +127,35 @@ def test_a_figure_shows_what_is_enough_where_it_was_looked_for() -> None:
     assert len(both.axes) == panels[1] + 1
     titles = [text.get_text() for text in both.findobj(Text)]
     assert titles.index("Enough of it") < titles.index("Truly redrawn") < titles.index("What changed")
+
+
+def test_a_line_runs_round_what_is_enough() -> None:
+    result = found()
+    part = result.prepared.clone()
+    part[:, 2:5, 9:12] += 0.01  # faint, as such parts are
+    trimmed = replace(
+        result,
+        trimmed_image=part,
+        trimmed_mask=torch.ones(2, 2),
+        trimmed_share=0.01,
+        trimmed_blur=1.0,
+        trimmed_stands=True,
+    )
+    lines = [round_it(each) for each in (trimmed, replace(trimmed, trimmed_image=result.prepared))]
+    assert lines[1] == []  # nothing changed
+    assert len(lines[0]) == 2  # a dark line on a light one
+    for points in lines[0]:
+        (left, top), (right, bottom) = points.min(0), points.max(0)
+        assert 6 < left < 9
+        assert 11 < right < 14
+        assert 0 <= top < 2
+        assert 4 < bottom < 7
+
+
+def round_it(explanation: finecf.MirrorExplanation) -> list[Any]:
+    """The points [n,2] of each line in the panel of the trimmed image."""
+    (panel,) = (each for each in plot(explanation).axes if each.get_title(loc="left") == "Enough of it")
+    return [np.concatenate([path.vertices for path in each.get_paths()]) for each in panel.collections]
 
 
 def test_a_figure_says_what_was_not_found() -> None:
@@ -431,7 +461,7 @@ def test_totals_say_what_the_decoder_is_to_blame_for() -> None:
     alike = replace(whole, maps=Maps({"change": torch.full((2, 2), 0.25), "difference": torch.full((2, 2), 0.25)}))
     assert run.method.totals([alike])["change"] == "0.250 on average"
     shares = [replace(found(), trimmed_image=each.image, trimmed_share=0.2) for each in run.results[:2]]
-    assert run.method.totals([*shares, found()])["enough of the change"] == "20% on average, in 2 of 3"
+    assert run.method.totals([*shares, found()])["enough of the change"] == "20.0% on average, in 2 of 3"
     assert run.method.light(shares[0]).trimmed_share == 0.2
     rows = [run.method.row(each) for each in run.results]
     assert [row["at k = 0"] for row in rows] == ["", "", "wanted", "another"]
