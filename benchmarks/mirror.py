@@ -397,8 +397,7 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
         drawn = {
             "first": torch.stack([each.counterfactual for each in found]),
             "k = 1": torch.stack([each.mirror_image for each in found]),
-            "trimmed": every["Mirror-CFE, trimmed"].images,
-            "by pixels": every["Mirror-CFE, by pixels"].images,
+            **{name: every[f"Mirror-CFE, {name}"].images for name in ("trimmed", "by map cells", "by pixels")},
             "PGD, first": quick.images,
             "PGD l2, first": euclidean.images,
         }
