@@ -88,7 +88,8 @@ def trim(
         images: float [B,Ch,H,W], as the model takes them.
         counterfactuals: [B,Ch,H,W], whoever made them.
         target: the class wanted, by index or name, for all images or one for each.
-        grid: rows and columns of cells; None: four along each cell of the classifier's map, of two pixels at least.
+        grid: rows and columns of cells; None: four along each cell of the classifier's map, or fewer, so that
+            each has at least two pixels a side.
         margin: the share of its lead in the counterfactual that the target must keep, in [0,1).
         blur: standard deviation in pixels; 0: blurred images are not looked at.
         rounds: how often the classifier's gradient is asked for: a forward and a backward of it, two with a blur.

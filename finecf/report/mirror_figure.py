@@ -220,16 +220,20 @@ def _counterfactual(axes: Axes, explanation: MirrorExplanation, shown: Shown) ->
 
 def _trimmed(axes: Axes, explanation: MirrorExplanation, shown: Shown, image: Tensor) -> None:
     show(axes, shown(image))
-    # What is left may be a few pixels in a picture of many: a line round it, at some distance.
-    change = (image - explanation.prepared).detach().float().cpu().abs().mean(0)
-    near = gaussian_blur(change[None, None], max(change.shape) / 64)[0, 0].numpy()
-    if near.max() > 0:
-        for colour, width in (("white", 1.8), ("black", 0.7)):
-            axes.contour(near / near.max(), levels=[0.1], colors=[colour], linewidths=width)
+    _outline(axes, explanation.prepared, image)
     write_title(axes, "Enough of it", f"{explanation.trimmed_share:.1%} of the change to k = 1")
     blur = f"blurred {explanation.trimmed_blur:g} px"
     blurred = f", {blur} too" if explanation.trimmed_stands else f", not {blur}"
     write_caption(axes, f"says {plain(explanation.target_name)}", RIGHT, line=1, end=blurred)
+
+
+def _outline(axes: Axes, before: Tensor, after: Tensor) -> None:
+    """A line round what changed, at some distance: it may be a few pixels of many. None where it is everywhere."""
+    change = (after - before).detach().float().cpu().abs().mean(0)
+    near = gaussian_blur(change[None, None], max(change.shape) / 64)[0, 0].numpy()
+    if near.max() > 10 * near.min() and min(near.shape) > 1:
+        for colour, width in (("white", 1.8), ("black", 0.7)):
+            axes.contour(near / near.max(), levels=[0.1], colors=[colour], linewidths=width)
 
 
 def _redrawn(axes: Axes, explanation: MirrorExplanation, image: Tensor) -> None:
@@ -309,7 +313,7 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
     if explanation.trimmed_image is not None:
         facts.append(
             "Enough of it: the image with a part of its change to k = 1, chosen by the model's gradient so that it "
-            "suffices with little change; a blend of the two that no decoder drew. The line runs round it."
+            "suffices with little change; a blend of the two that no decoder drew. Lines run round most of it."
         )
     if shown < len(explanation.k):
         facts.append(f"{shown} of the {len(explanation.k)} images that were drawn are shown.")

@@ -207,7 +207,7 @@ def test_what_is_kept_suffices_and_is_a_part(blur: float, margin: float) -> None
         ((1, 1), (1, 3), (1, 1)),
     ],
 )
-def test_masks_are_finer_than_the_map_and_coarser_than_pixels(
+def test_a_mask_has_four_cells_along_one_of_the_map_and_none_below_two_pixels(
     cells: tuple[int, int], size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
     assert _trim.mask_grid(cells, size) == grid

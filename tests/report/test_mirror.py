@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from explainers.nets import CLASSES, SIZE, images, network
@@ -22,7 +21,7 @@ from finecf.models.decoder import MirrorDecoder, shape_of
 from finecf.report import Report, Row, Run, Truth, plot
 from finecf.report import html as pages
 from finecf.report.drawing import DPI, SMALLEST_TYPE, WIDTH, blank_figure, fit_text
-from finecf.report.mirror_figure import WAYS
+from finecf.report.mirror_figure import WAYS, _outline
 from finecf.report.mirror_path import SIDES, places, shown_as
 from finecf.report.run import ASKED
 
@@ -133,29 +132,46 @@ def test_a_line_runs_round_what_is_enough() -> None:
     result = found()
     part = result.prepared.clone()
     part[:, 2:5, 9:12] += 0.01  # faint, as such parts are
-    trimmed = replace(
+    part[:, 11:14, 3:6] += 0.004
+    (white, near), (black, dark) = round_it(result, part)
+    assert (white, black) == ((1, 1, 1), (0, 0, 0))
+    assert len(near) == len(dark) == 2  # two parts, a line round each
+    for (left, top, right, bottom), (column, row) in zip(sorted(near), ((4, 12), (10, 3)), strict=True):
+        assert column - 4 < left < column - 1
+        assert row - 4 < top < row - 1
+        assert column + 1 < right < column + 4
+        assert row + 1 < bottom < row + 4
+    assert round_it(result, result.prepared) == []  # nothing changed
+    assert round_it(result, result.prepared + 0.01) == []  # as much everywhere: there is nothing to point at
+
+
+@pytest.mark.parametrize("shape", [(1, SIZE), (SIZE, 1)])
+def test_a_line_needs_more_than_one_row_and_column(shape: tuple[int, int]) -> None:
+    image = torch.zeros(3, *shape)
+    axes = blank_figure(4.0).add_subplot()
+    _outline(axes, image, image + torch.linspace(0, 1, SIZE).view(1, *shape))
+    assert len(axes.collections) == 0
+
+
+def round_it(
+    result: finecf.MirrorExplanation, image: torch.Tensor
+) -> list[tuple[tuple[float, ...], list[tuple[float, ...]]]]:
+    """The colour of each line in the panel of a trimmed image, and left, top, right and bottom of its loops."""
+    explanation = replace(
         result,
-        trimmed_image=part,
+        trimmed_image=image,
         trimmed_mask=torch.ones(2, 2),
         trimmed_share=0.01,
         trimmed_blur=1.0,
         trimmed_stands=True,
     )
-    lines = [round_it(each) for each in (trimmed, replace(trimmed, trimmed_image=result.prepared))]
-    assert lines[1] == []  # nothing changed
-    assert len(lines[0]) == 2  # a dark line on a light one
-    for points in lines[0]:
-        (left, top), (right, bottom) = points.min(0), points.max(0)
-        assert 6 < left < 9
-        assert 11 < right < 14
-        assert 0 <= top < 2
-        assert 4 < bottom < 7
-
-
-def round_it(explanation: finecf.MirrorExplanation) -> list[Any]:
-    """The points [n,2] of each line in the panel of the trimmed image."""
     (panel,) = (each for each in plot(explanation).axes if each.get_title(loc="left") == "Enough of it")
-    return [np.concatenate([path.vertices for path in each.get_paths()]) for each in panel.collections]
+    lines = []
+    for each in panel.collections:
+        loops = [loop for path in each.get_paths() for loop in path.to_polygons(closed_only=False)]
+        boxes = [(*loop.min(0).tolist(), *loop.max(0).tolist()) for loop in loops]
+        lines.append((tuple(each.get_edgecolor()[0][:3].tolist()), boxes))
+    return lines
 
 
 def test_a_figure_says_what_was_not_found() -> None:
