@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, SupportsIndex
+from typing import Any, Final, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -107,12 +107,7 @@ def trim(
         if not isinstance(each, Tensor) or not each.is_floating_point():
             what = each.dtype if isinstance(each, Tensor) else type(each).__name__
             raise TypeError(f"{name} must be a floating tensor as the model takes it, got {what}")
-    if not isinstance(rounds, SupportsIndex) or operator.index(rounds) < 1:
-        raise ValueError(f"rounds is a whole number of at least 1; got {rounds}")
-    if not 0 <= blur < math.inf:
-        raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {blur}")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin is a share of the lead, at least 0 and less than 1; got {margin}")
+    _check_settings(margin, blur, rounds)
     if images.ndim != 4 or images.shape != counterfactuals.shape:
         raise ValueError(
             "images and their counterfactuals are [B,Ch,H,W] both, as the model takes them; got "
@@ -153,6 +148,35 @@ def mask_grid(cells: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a mask, unless others are asked for: of a map of so many cells, for images of this size."""
     height, width = (max(1, min(_CELLS * own, side // _PIXELS)) for own, side in zip(cells, size, strict=True))
     return height, width
+
+
+def trim_settings(asked: object, cells: Sequence[int], size: Sequence[int]) -> dict[str, Any]:
+    """Arguments of `trim` from what `explain(..., trim=asked)` was told: True, or some of them by name.
+
+    Raises:
+        TypeError: neither a bool nor a mapping.
+        ValueError: an unknown name, or a setting that `trim` refuses.
+    """
+    if not isinstance(asked, bool | Mapping):
+        raise TypeError(f"trim is True, False or settings of finecf.explainers.trim by name; got {asked!r}")
+    settings: dict[str, Any] = {"grid": None, "margin": MARGIN, "blur": BLUR, "rounds": ROUNDS}
+    given = dict(asked) if isinstance(asked, Mapping) else {}
+    if unknown := set(given) - set(settings):
+        raise ValueError(f"trim has no setting {', '.join(sorted(map(str, unknown)))}; it has {', '.join(settings)}")
+    settings |= given
+    _check_settings(settings["margin"], settings["blur"], settings["rounds"])
+    grid = settings["grid"]
+    settings["grid"] = mask_grid(cells, size) if grid is None else _checked_grid(grid, size)
+    return settings
+
+
+def _check_settings(margin: float, blur: float, rounds: object) -> None:
+    if not isinstance(rounds, SupportsIndex) or operator.index(rounds) < 1:
+        raise ValueError(f"rounds is a whole number of at least 1; got {rounds}")
+    if not 0 <= blur < math.inf:
+        raise ValueError(f"blur is a standard deviation in pixels, at least 0; got {blur}")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin is a share of the lead, at least 0 and less than 1; got {margin}")
 
 
 def _checked_grid(grid: object, size: Sequence[int]) -> tuple[int, int]:

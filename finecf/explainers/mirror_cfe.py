@@ -41,7 +41,7 @@ from finecf.explainers._shared import (
     versions,
     wrapped,
 )
-from finecf.explainers._trim import BLUR, MARGIN, Trimmed, check_gradients, mask_grid, trim
+from finecf.explainers._trim import Trimmed, check_gradients, trim, trim_settings
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -538,7 +538,7 @@ class MirrorCFE:
         *,
         source: Target | None = None,
         sources: Sequence[str] | None = None,
-        trim: bool = False,
+        trim: bool | Mapping[str, Any] = False,
     ) -> list[MirrorExplanation]:
         """Draw images along k, find the first that the classifier calls the target, and see what it says of each.
 
@@ -549,15 +549,16 @@ class MirrorCFE:
             source: as of `latent_path`.
             sources: names of the images.
             trim: whether to look for a part of the change to the image of k = 1 that suffices
-                (`finecf.explainers.trim` with its own settings, O): 20 gradients of the classifier for the image, and
-                20 for the blurred one.
+                (`finecf.explainers.trim`, O): 20 gradients of the classifier for the image, and 20 for the blurred
+                one. Its settings by name, {"blur": 0, "grid": (16, 16)}, instead of True: those, and else its own.
 
         Returns:
             One explanation for each image.
 
         Raises:
+            TypeError: `trim` is neither a bool nor a mapping.
             ValueError: there is no decoder, the images are not of its size or range, an untrained pair where they are
-                refused, or as `latent_path`.
+                refused, settings that trimming refuses, or as `latent_path`.
             Interrupted: Ctrl-C; what was finished is in its `explanations`.
         """
         decoder = self._ready()
@@ -576,6 +577,8 @@ class MirrorCFE:
         advice = "give images scaled as those it was trained on (a preprocess is applied here, not by you)"
         check_range(x, decoder.low, decoder.high, advice, bounds=fitting.DECODER_RANGE)
         k = places_of("steps", steps, x.device)
+        settings = trim_settings(trim, decoder.shape.features[1:], x.shape[2:])
+        trimming = settings if trim or isinstance(trim, Mapping) else None
         results: list[MirrorExplanation] = []
         # Corrections need gradients, which the user's own inference mode would not give.
         with (
@@ -588,7 +591,7 @@ class MirrorCFE:
             said = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
             own, wanted = self._classes(said, source, target)
             self._check_pairs(own, wanted)
-            if trim:
+            if trimming is not None:
                 check_gradients(self.classifier, x[:1])
             # The strip of an image, drawn and encoded again, is what takes memory.
             strip = 4 * (len(k) + 3) * x[0].numel() * x.element_size()
@@ -600,7 +603,7 @@ class MirrorCFE:
                 for start in range(0, len(x), size):
                     rows = slice(start, start + size)
                     results += self._explain(
-                        decoder, x[rows], shown[rows], own[rows], wanted[rows], k, names[rows], trim
+                        decoder, x[rows], shown[rows], own[rows], wanted[rows], k, names[rows], trimming
                     )
                     advance(len(x[rows]))
             except KeyboardInterrupt as stop:
@@ -616,7 +619,7 @@ class MirrorCFE:
         wanted: Tensor,
         k: Tensor,
         names: list[str | None],
-        trimming: bool,
+        trimming: Mapping[str, Any] | None,
     ) -> list[MirrorExplanation]:
         started = time.perf_counter()
         drawing = self._drawing(decoder, x, own, wanted)
@@ -642,7 +645,7 @@ class MirrorCFE:
         blank, blank_logits = drawn_at(0.0)
         mirror, mirror_logits = drawn_at(1.0)
         errors = (torch.stack(strip_latents, 1) - path.latents).abs().mean(-1).double()
-        less = self._trim(x, mirror, canvas) if trimming else None
+        less = None if trimming is None else self._trim(x, mirror, canvas, trimming)
         shares = None
         if less is not None:
             whole = _size_of(mirror - x)
@@ -703,17 +706,16 @@ class MirrorCFE:
                     trimmed_image=less.images[b].cpu() if less is not None and cut else None,
                     trimmed_mask=less.mask[b].cpu() if less is not None and cut else None,
                     trimmed_share=float(shares[b]) if shares is not None and cut else None,
-                    trimmed_margin=MARGIN if cut else None,
-                    trimmed_blur=BLUR if cut else None,
+                    trimmed_margin=float(trimming["margin"]) if trimming is not None and cut else None,
+                    trimmed_blur=float(trimming["blur"]) if trimming is not None and cut else None,
                     trimmed_stands=bool(less.stands[b]) if less is not None and cut else None,
                 )
             )
         return results
 
-    def _trim(self, x: Tensor, ends: Tensor, canvas: Canvas) -> Trimmed:
-        grid = mask_grid(canvas.features.shape[2:], x.shape[2:])
-        limits = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
-        return trim(self.classifier, x, ends, canvas.target, grid=grid, **limits)
+    def _trim(self, x: Tensor, ends: Tensor, canvas: Canvas, settings: Mapping[str, Any]) -> Trimmed:
+        limits: Mapping[str, Any] = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
+        return trim(self.classifier, x, ends, canvas.target, **settings, **limits)
 
     def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> Drawing:
         if decoder.shape.skips:

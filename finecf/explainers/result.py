@@ -507,7 +507,7 @@ class MirrorExplanation(Explanation):
         trimmed_share: that image's mean absolute change as a share of `mirror_image`'s.
         trimmed_margin: the share of the target's lead that was to be kept.
         trimmed_blur, trimmed_stands: a standard deviation in pixels, and whether the trimmed image is the target
-            blurred by it too.
+            blurred by it too. With a blur of 0, which was not asked for, False.
     """
 
     kind: ClassVar[str] = "mirror"
@@ -612,9 +612,11 @@ class MirrorExplanation(Explanation):
         ]
         if self.trimmed_image is not None:
             part = float((self.trimmed_image - self.prepared).abs().mean())
+            stands = "also" if self.trimmed_stands else "but not"
+            blurred = f", {stands} where it is blurred by {self.trimmed_blur:g} pixels" if self.trimmed_blur else ""
             lines.append(
                 f"  {self.trimmed_share:.1%} of the change to the image of k = 1 suffices, mean pixel change {part:.4f}"
-                f", {'also' if self.trimmed_stands else 'but not'} where it is blurred by {self.trimmed_blur:g} pixels"
+                f"{blurred}"
             )
         if self.taken_at_once:
             lines.append(

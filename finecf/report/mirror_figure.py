@@ -223,7 +223,7 @@ def _trimmed(axes: Axes, explanation: MirrorExplanation, shown: Shown, image: Te
     _outline(axes, explanation.prepared, image)
     write_title(axes, "Enough of it", f"{explanation.trimmed_share:.1%} of the change to k = 1")
     blur = f"blurred {explanation.trimmed_blur:g} px"
-    blurred = f", {blur} too" if explanation.trimmed_stands else f", not {blur}"
+    blurred = f", {blur} too" if explanation.trimmed_stands else f", not {blur}" if explanation.trimmed_blur else ""
     write_caption(axes, f"says {plain(explanation.target_name)}", RIGHT, line=1, end=blurred)
 
 

@@ -462,6 +462,59 @@ def test_explanations_hold_what_suffices(options: dict[str, Any], tmp_path: Path
         assert (back.trimmed_share, back.trimmed_stands) == (each.trimmed_share, each.trimmed_stands)
 
 
+def test_an_explainer_takes_the_settings_of_trimming(tmp_path: Path) -> None:
+    mirror, _ = fitted(steps=20, batch=16, learning_rate=1e-2, pairs=None, **CHANGE)
+    x = pictures(24, seed=3)
+    target = others(mirror.classifier, x)
+    settings: dict[str, Any] = {"grid": (3, 5), "margin": 0.4, "blur": 0, "rounds": 6}
+    every = mirror.explain(x, target, steps=2, trim=settings)
+    starts, goals = (
+        torch.stack([getattr(each, name) for each in every]).to(DEVICE) for name in ("prepared", "mirror_image")
+    )
+    together = trim(mirror.classifier, starts, goals, target, **settings)
+    found = [each for each in every if each.mirror_valid]
+    assert len(found) > 3
+    assert [each.mirror_valid for each in every] == together.found.tolist()
+    for each, image in zip(every, together.images.cpu(), strict=True):
+        if not each.mirror_valid:
+            continue
+        torch.testing.assert_close(each.trimmed_image, image, rtol=0, atol=1e-4)
+        assert each.trimmed_mask.shape == (3, 5)
+        assert (each.trimmed_margin, each.trimmed_blur, each.trimmed_stands) == (0.4, 0.0, False)
+        assert "suffices, mean pixel change" in each.summary()
+        assert "blurred by" not in each.summary()
+    back = finecf.load(found[0].save(tmp_path / "one.safetensors"))
+    assert isinstance(back, finecf.MirrorExplanation)
+    assert (back.trimmed_margin, back.trimmed_blur) == (0.4, 0.0)
+    own, given = (mirror.explain(x[:4], target[:4], steps=2, trim=each) for each in (True, {}))
+    for plain, each in zip(own, given, strict=True):
+        assert (plain.trimmed_image is None) == (each.trimmed_image is None)
+        if plain.trimmed_image is not None:
+            assert torch.equal(plain.trimmed_image, each.trimmed_image)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"sigma": 1.0, "grid": None}, ValueError, "trim has no setting sigma; it has grid, margin, blur, rounds"),
+        ({"margin": 1.0}, ValueError, "margin is a share of the lead"),
+        ({"grid": (0, 4)}, ValueError, r"grid is \(rows, columns\)"),
+        ("yes", TypeError, "trim is True, False or settings of finecf.explainers.trim by name; got 'yes'"),
+    ],
+)
+def test_settings_that_trimming_refuses_are_refused_before_anything_is_drawn(
+    asked: Any, error: type[Exception], message: str
+) -> None:
+    mirror, _ = fitted()
+    x = pictures(2)
+    drawn: list[int] = []
+    handle = mirror.decoder.register_forward_pre_hook(lambda *_: drawn.append(1))
+    with pytest.raises(error, match=message):
+        mirror.explain(x, others(mirror.classifier, x), trim=asked)
+    handle.remove()
+    assert not drawn
+
+
 def test_where_a_decoder_draws_nothing_nothing_is_needed() -> None:
     mirror, _ = fitted(pairs=None, **CHANGE)
     with torch.no_grad():
