@@ -7,7 +7,7 @@ in training, and no gradient of the classifier. A bird is repainted by adding wh
 minus what it mends for the source, from the same spoiled bird, so that what it does not know cancels. Mirror-CFE's
 change comes on top, and of it what suffices (`finecf.explainers.trim`) is kept.
 
-    python benchmarks/mirror_repaint.py --steps 6000 --images 120 --threads 2
+    python benchmarks/mirror_repaint.py --steps 8000 --images 500 --threads 2
 
 trains for about 20 minutes of two cores. Columns are those of `benchmarks/mirror.py`.
 """
@@ -216,7 +216,7 @@ def repainted(painter: Painter, images: Tensor, marks: Tensor, source: Tensor, t
 
 
 def main() -> None:
-    options = birds_options(__doc__, steps=6000, birds=16_000)
+    options = birds_options(__doc__, steps=8000, birds=16_000)
     classifier = mirror_classifier("birds")
     numbers, x, target = chosen_images("birds", classifier, mirror_recipe("birds").pairs, options)
     birds, items, _ = redrawn_birds(numbers, target, options)
