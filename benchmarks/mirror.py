@@ -422,11 +422,13 @@ def nearer(scores: RedrawScores, seen: Tensor) -> dict[str, Interval]:
     }
 
 
-def birds_options(description: str | None, steps: int, **more: int) -> argparse.Namespace:
+def birds_options(description: str | None, files: Iterable[str] = (), **more: int) -> argparse.Namespace:
     """Options of a benchmark on birds alone, with the threads set; `more`: further numbers with their defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"steps": steps, **more, "images": 120, "threads": 1}.items():
+    for name, default in {**more, "images": 120, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    for name in files:
+        parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()

@@ -19,8 +19,8 @@ def pytest_configure() -> None:
     # The same examples in every run: what fails once fails again, and a green build stays green.
     settings.register_profile("repeatable", derandomize=True)
     settings.load_profile("repeatable")
-    # More threads than cores only make the small tensors of the tests slower.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+    # Threads of small tensors wait for each other, twenty times as long as they work where cores are shared.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     if os.environ.get("FINECF_TEST_DEVICE", "cpu").startswith("cuda"):
         # Networks in full precision and the same at every call, as on the CPU: what is compared is this library's part.
         torch.backends.cudnn.allow_tf32 = False

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import finecf
 from finecf.cli import _commands, _demo, _user, app
-from finecf.explainers import Interrupted
+from finecf.explainers import Interrupted, Repainter
 from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.models.checkpoints import load_tensors, save_tensors
 from finecf.models.decoder import MirrorDecoder, load_decoder, shape_of
+from finecf.models.painter import Painter, load_painter
 from finecf.report.run import Run
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
@@ -301,6 +302,55 @@ def test_mirror_draws_the_way_to_the_true_class(folder: Path, monkeypatch: pytes
     (path,) = out.glob("*.gif")  # those of the run before are gone
     with Image.open(path) as moving:
         assert moving.n_frames >= 2 * 21 - 2
+
+
+def test_mirror_trims_on_top_of_a_repainted_image(folder: Path) -> None:
+    net = _user.from_file(folder / "model.py", "build")
+    classifier = finecf.wrap(net.eval(), class_names=["a", "b", "c"])
+    classifier.logits(torch.zeros(1, 3, 32, 32))
+    painter, strange = folder / "painter.safetensors", folder / "strange.safetensors"
+    Repainter(classifier, Painter(3, window=16, widths=(8, 8))).save(painter)
+    other = finecf.wrap(finecf.training.load_digits_net()[0])
+    Repainter(other, Painter(10, window=16, widths=(8, 8))).save(strange)
+    decoder = ("--decoder", decoder_file(folder))
+    code, output, rows = mirror(
+        folder, "--all-mistakes", "--steps", 3, "--save", *decoder, "--trim", "--repainter", painter
+    )
+    assert code == 0, output
+    found = [finecf.load(path) for path in (folder / "out").glob("*.safetensors")]
+    assert len(found) == len(rows) == 3
+    assert all(each.repainted_image is not None for each in found)
+    for arguments, message in (
+        (("--repainter", painter), "--repainter is where --trim starts from: give both"),
+        (("--trim", "--repainter", folder / "none"), f"--repainter: there is no file {folder / 'none'}"),
+        (("--trim", "--repainter", strange), "was made for another classifier"),
+        (("--trim", "--repainter", decoder[1]), "holds no painter"),
+        (("--repainter", painter, "--method", "fgvce"), "--repainter belongs to --method mirror; got --method fgvce"),
+    ):
+        code, output, _ = mirror(folder, "--all-mistakes", *decoder, *arguments)
+        assert code == 2
+        assert message in " ".join(output.split())
+        assert "Traceback" not in output
+
+
+def test_a_painter_is_trained(tmp_path: Path) -> None:
+    out = tmp_path / "painter.safetensors"
+    code, output = run("train", "repainter", "--steps", 2, "--images", 80, "--out", out)
+    assert code == 0, output
+    assert f"A painter for 30 pairs of birds; the checkpoint is {out}." in " ".join(output.split()).replace("- ", "-")
+    _, meta = load_painter(out)
+    wanted = "finecf train repainter --on birds --seed 0 --precision float32 --threads 1 --steps 2 --images 80"
+    assert (meta["command"], meta["images"], meta["steps_done"]) == (wanted, 80, 2)
+    for arguments, message in (
+        (("repainter", "--on", "digits"), "painters are trained on birds; got 'digits'"),
+        (("repainter", "--epochs", 3), "train repainter counts steps, not epochs: give --steps"),
+        (("repainter", "--loss-weight", "feature=0"), "--loss-weight belongs to `finecf train mirror`; got repainter"),
+        (("repainter", "--previews", tmp_path), "--previews belongs to `finecf train mirror`; got repainter"),
+        (("birds", "--steps", 3), "--steps belongs to `finecf train mirror`; got birds"),
+    ):
+        code, output = run("train", *arguments, "--out", out)
+        assert code == 2
+        assert message in " ".join(output.split())
 
 
 def train_own(folder: Path, *more: object, model: str = "build") -> tuple[int, str]:
@@ -733,7 +783,7 @@ def test_an_unknown_demo_is_refused(tmp_path: Path) -> None:
     assert "--dataset must be one of birds, digits" in output
     code, output = run("train", "dogs")
     assert code == 2
-    assert "train takes birds, digits, fashion or mirror" in output
+    assert "train takes birds, digits, fashion, mirror or repainter" in output
 
 
 def test_mirror_is_not_trained_by_epochs() -> None:

@@ -48,6 +48,7 @@ from finecf.training import (
     train_digits,
     train_fashion,
     train_mirror,
+    train_repainter,
 )
 from finecf.training.train import thread_count
 
@@ -64,12 +65,13 @@ METHODS = ("fgvce", "smdl", "mirror")
 OPTIONS_OF = {
     "fgvce": ("preset", "max_edits", "minimal"),
     "smdl": ("regions", "region_count", "search", "max_regions", "baseline"),
-    "mirror": ("decoder", "steps", "reflection", "corrections", "trim"),
+    "mirror": ("decoder", "steps", "reflection", "corrections", "trim", "repainter"),
 }
 """The options of `explain` that only one method has."""
 OF_OWN = ("weights", "pair", "labels", "layer", "size", "normalise", "device", "learning_rate", "reflection")
+OF_MIRROR = ("weight", "spatial_prior", "previews")
 OF_SHIPPED = ("on", "classifier", "images", "workers")
-"""The options of `train` that need --model, and those that it excludes."""
+"""The options of `train` that need --model, those that only decoders have, and those that --model excludes."""
 EVALUATE_IMAGES = 20_000
 SLOW_HEAD_EDITS = 10
 
@@ -180,6 +182,10 @@ def explain(
     trim: Annotated[
         bool, typer.Option("--trim", help="mirror: also look for a small part of the change that suffices.")
     ] = False,
+    repainter: Annotated[
+        Path | None,
+        typer.Option(help="mirror: with --trim, paint marks of the target in first: the file of Repainter.save."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     figures: Annotated[bool, typer.Option(help="Draw a figure for each image.")] = True,
     save: Annotated[bool, typer.Option(help="Also keep each explanation, for finecf.load.")] = False,
@@ -194,6 +200,10 @@ def explain(
         raise FileNotFoundError(f"--image: there is no file {image}")
     if decoder is not None and not decoder.is_file():
         raise FileNotFoundError(f"--decoder: there is no file {decoder}")
+    if repainter is not None and not repainter.is_file():
+        raise FileNotFoundError(f"--repainter: there is no file {repainter}")
+    if repainter is not None and not trim:
+        raise ValueError("--repainter is where --trim starts from: give both")
     for option, value, allowed in (
         ("preset", preset, PRESETS),
         ("regions", regions, DIVISIONS),
@@ -227,7 +237,7 @@ def explain(
         if all_mistakes:
             mistakes = misclassified(classifier, images, chosen, names)
     elif method == "mirror":
-        explainer = _mirror(classifier, decoder, size, reflection, corrections)
+        explainer = _mirror(classifier, decoder, size, reflection, corrections, repainter)
         intro = about_mirror()
         if all_mistakes:
             mistakes = misclassified(classifier, images, chosen, names)
@@ -305,10 +315,13 @@ def evaluate(
 @_sentences
 def train(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="birds, digits, fashion, or mirror (a decoder for Mirror-CFE).")],
+    what: Annotated[
+        str,
+        typer.Argument(help="birds, digits, fashion, mirror (a decoder) or repainter (a painter)."),
+    ],
     out: Annotated[Path | None, typer.Option(help="The checkpoint to write; default: birds.safetensors, ...")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Not for mirror.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Images to train on (birds, mirror).")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Not for mirror and repainter.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images to train on (birds, mirror, repainter).")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Where fashion_mnist.npz is; with --model the folder of images, a subfolder for each class."),
@@ -320,9 +333,14 @@ def train(
         typer.Option(min=1, help="The same number gives the same weights; default: 1, with --model as many as torch."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw birds.")] = 0,
-    on: Annotated[str, typer.Option(help="mirror: digits, birds or fashion.")] = "digits",
-    classifier: Annotated[Path | None, typer.Option(help="mirror: a net's file, instead of the shipped one.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="mirror: steps of the optimiser.")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="mirror: digits, birds or fashion, by default digits; repainter: birds."),
+    ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="mirror, repainter: a net's file, instead of the shipped one.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="mirror, repainter: steps of the optimiser.")] = None,
     weight: Annotated[
         list[str] | None,
         typer.Option(
@@ -359,9 +377,14 @@ def train(
     _check_training(what, model, context)
     path = out or Path(f"{what}.safetensors")
     settings: dict[str, Any] = {"seed": seed, "precision": precision, "progress": True}
+    if what in ("mirror", "repainter") and epochs is not None:
+        raise ValueError(f"train {what} counts steps, not epochs: give --steps")
+    if what == "repainter":
+        settings |= {"steps": steps, "images": images, "threads": threads or 1}
+        meta = train_repainter(on or "birds", path, classifier, **settings)
+        rich.print(f"A painter for {len(meta['pairs'])} pairs of {on or 'birds'}; the checkpoint is {path}.")
+        return
     if what == "mirror":
-        if epochs is not None:
-            raise ValueError("train mirror counts steps, not epochs: give --steps")
         named = [each.partition("=") for each in weight or []]
         try:
             losses = {name: float(value) for name, _, value in named}
@@ -383,8 +406,8 @@ def train(
             with thread_count(threads):
                 _train_own(wrapped, pictures, size, path, pair, settings)
             return
-        meta = train_mirror(on, path, data, classifier, images=images, threads=threads or 1, **settings)
-        rich.print(f"A decoder for {len(meta['pairs'])} pairs of {on}; the checkpoint is {path}.")
+        meta = train_mirror(on or "digits", path, data, classifier, images=images, threads=threads or 1, **settings)
+        rich.print(f"A decoder for {len(meta['pairs'])} pairs of {on or 'digits'}; the checkpoint is {path}.")
         return
     settings["threads"] = threads or 1
     runs: dict[str, Callable[..., dict[str, Any]]] = {
@@ -393,7 +416,7 @@ def train(
         "fashion": train_fashion,
     }
     if what not in runs:
-        raise ValueError(f"train takes {', '.join(runs)} or mirror; got {what!r}")
+        raise ValueError(f"train takes {', '.join(runs)}, mirror or repainter; got {what!r}")
     if epochs is not None:
         settings["epochs"] = epochs
     if what == "birds":
@@ -537,6 +560,10 @@ def _given(names: Iterable[str], context: typer.Context) -> list[str]:
 def _check_training(what: str, model: str | None, context: typer.Context) -> None:
     """Refuse options of `train` that go with another thing to train."""
     own, shipped = (_given(names, context) for names in (OF_OWN, OF_SHIPPED))
+    for name in _given((*OF_MIRROR, "steps"), context):
+        if what != "mirror" and (name, what) != ("steps", "repainter"):
+            option = "loss-weight" if name == "weight" else name.replace("_", "-")
+            raise ValueError(f"--{option} belongs to `finecf train mirror`; got {what}")
     if what != "mirror" and model is not None:
         raise ValueError(f"--model belongs to `finecf train mirror`; got {what}")
     if model is None and own:
@@ -558,13 +585,18 @@ def _check_method(method: str, context: typer.Context) -> None:
 
 
 def _mirror(
-    classifier: Classifier, decoder: Path | None, size: int, reflection: str | None, corrections: int
+    classifier: Classifier,
+    decoder: Path | None,
+    size: int,
+    reflection: str | None,
+    corrections: int,
+    repainter: Path | None,
 ) -> MirrorCFE:
     """The explainer with the decoder of that file, else with the shipped one for this model."""
     file = decoder or _shipped_for(classifier)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections)
+        explainer = MirrorCFE(classifier, file, reflection=reflection, corrections=corrections, repainter=repainter)
     _check_order(explainer)
     for warning in (each for each in said if issubclass(each.category, UserWarning)):
         Console(stderr=True, highlight=False).print(f"[bold]finecf:[/] {escape(str(warning.message))}", soft_wrap=True)

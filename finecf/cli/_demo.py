@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import rich
@@ -20,7 +21,7 @@ from finecf.metrics.evaluate import Mistake, find_mistakes
 from finecf.models import CandidateBank, Classifier, wrap
 from finecf.report import Run, Truth
 from finecf.report.run import ASKED
-from finecf.training import load_birds_net, load_digits_net, shipped_decoder
+from finecf.training import load_birds_net, load_digits_net, shipped_decoder, shipped_painter
 from finecf.training.mirror import DIGIT_PAIRS
 
 REFERENCES = 800
@@ -146,7 +147,7 @@ def _mirrored(name: str, classifier: Classifier, choose: Callable[[MirrorCFE], S
     except FileNotFoundError as missing:
         rich.print(f"Mirror-CFE is left out: {escape(str(missing))}.")
         return []
-    explainer = MirrorCFE(classifier, path)
+    explainer = MirrorCFE(classifier, path, repainter=_painter(name))
     chosen = choose(explainer)
     run = Run(
         "How must an image change to be taken for something else?",
@@ -161,6 +162,14 @@ def _mirrored(name: str, classifier: Classifier, choose: Callable[[MirrorCFE], S
         for result, truth in zip(run.results, run.truths, strict=False):  # after Ctrl-C there are fewer results
             run.grades += area_before(result.maps["change"][None], truth.mask[None]).tolist()
     return [run]
+
+
+def _painter(name: str) -> Path | None:
+    """The file of what the trimmed images start from, where one ships."""
+    try:
+        return shipped_painter(name)
+    except FileNotFoundError:
+        return None
 
 
 def _digit_pairs(classifier: Classifier, test: Digits, n: int) -> list[_ToMirror]:

@@ -1,10 +1,11 @@
 """Explainers: which parts of an image decided, and what would have decided otherwise."""
 
 from finecf.explainers._latent_path import ClassDistances, LatentPath
-from finecf.explainers._mirror_fit import TrainingStopped
+from finecf.explainers._training import TrainingStopped
 from finecf.explainers._trim import Trimmed, trim
 from finecf.explainers.fgvce import FGVCE, PRESETS
 from finecf.explainers.mirror_cfe import MirrorCFE
+from finecf.explainers.repaint import Repainted, Repainter
 from finecf.explainers.result import (
     Edit,
     Explanation,
@@ -34,6 +35,8 @@ __all__ = [
     "MirrorExplanation",
     "Part",
     "Probabilities",
+    "Repainted",
+    "Repainter",
     "SMDLExplanation",
     "TrainingStopped",
     "Trimmed",

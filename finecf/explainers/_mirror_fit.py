@@ -6,7 +6,6 @@ and resumed gives the same bits as one that was not, on one machine and as many 
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -34,15 +33,23 @@ from finecf.explainers import _mirror_losses as losses
 from finecf.explainers._mirror_draw import draw_pair
 from finecf.explainers._reflection import GapHead, map_steps, shifted_maps
 from finecf.explainers._shared import check_range
+from finecf.explainers._training import (
+    TrainingStopped,
+    check_finite,
+    choice,
+    fingerprint_of,
+    moments_of,
+    seeded,
+    set_moments,
+    state_of,
+    under,
+)
 from finecf.models import Classifier
-from finecf.models.checkpoints import load_tensors, save_tensors
+from finecf.models.checkpoints import save_tensors
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, PatchDiscriminator
 from finecf.regions.baseline import blur_every_second
 
 LOSSES: Final = ("classification", "adversarial", "reconstruction", "feature", "triangulation")
-CHANGEABLE: Final = ("learning_rate", "precision")
-"""Settings with which a state may go on that were others when it was written."""
-WEIGHTS: Final = "weights"
 PRECISIONS: Final = ("float32", "bfloat16")
 _WHOLE: Final = ("steps", "batch", "seed", "augment", "warm_up")
 _BATCH_WHILE_LOOKING = 64
@@ -53,24 +60,6 @@ _TRAIN_OTHERWISE = (
 )
 _SEEN = ("predicted", "confidence")
 """What a state says of the images that it was trained on: fields of `Classes`."""
-
-
-class TrainingStopped(FloatingPointError):
-    """A loss became NaN or infinite; the last good state is kept.
-
-    Attributes:
-        loss: its name; "weights" where the last step made a weight of the decoder so.
-        step: the step, from 0.
-        value: what the loss was.
-    """
-
-    def __init__(self, loss: str, step: int, value: float, where: str = "") -> None:
-        self.loss, self.step, self.value = loss, step, value
-        what = "a weight of the decoder" if loss == WEIGHTS else f"the {loss} loss"
-        super().__init__(
-            f"{what} became {value} at step {step}: training stopped{where}. Try a smaller learning_rate, "
-            'or precision="float32": a state may be gone on from with these two changed'
-        )
 
 
 @dataclass(frozen=True)
@@ -150,6 +139,35 @@ def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
             raise ValueError(f"the weight of the {name} loss must be a number of at least 0; got {weight}")
         chosen[name] = float(weight)
     return chosen
+
+
+def named_pairs(
+    classifier: Classifier, pairs: Sequence[tuple[int | str, int | str]] | None, what: str = "the decoder"
+) -> list[tuple[int, int]]:
+    """Pairs of classes by index, each once and in order; None: all, where there are not too many.
+
+    Raises:
+        ValueError: too many, none, or what is no pair of two classes of the classifier.
+    """
+    if pairs is None:
+        count = classifier.num_classes or 0
+        if count * (count - 1) // 2 > 200:
+            raise ValueError(
+                f"{count} classes have {count * (count - 1) // 2} pairs: name those that {what} shall lead between, "
+                "pairs=[(p, q), ...]"
+            )
+        return [(p, q) for p in range(count) for q in range(p + 1, count)]
+    for pair in pairs:
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise ValueError(f"name pairs of classes, pairs=[(p, q), ...]; got {pair!r} among them")
+    named = [(classifier.class_index(p), classifier.class_index(q)) for p, q in pairs]
+    if not named:
+        raise ValueError("pairs is empty: name at least one pair of classes")
+    for p, q in named:
+        if p == q:
+            name = classifier.class_name(p)
+            raise ValueError(f"the pair ({name}, {name}) holds one class twice; there is no boundary inside it")
+    return sorted({(min(pair), max(pair)) for pair in named})
 
 
 def partners_of(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
@@ -265,7 +283,7 @@ def look_through(
     members = {}
     for index in sorted({index for pair in pairs for index in pair}):
         own = (found == index).nonzero()[:, 0]
-        own = own[[labels[number] is None or _label(classifier, labels[number]) == index for number in own.tolist()]]
+        own = own[[label_index(classifier, labels[number]) in (None, index) for number in own.tolist()]]
         if len(own) < 2:
             raise ValueError(
                 f"class {classifier.class_name(index)!r} of the pairs has {len(own)} training images that the "
@@ -334,6 +352,16 @@ class Trainer:
         self._decode: Callable[..., Tensor] = torch.compile(self.decoder) if self.compile else self.decoder
         self._judge: Callable[..., Tensor] = torch.compile(self.discriminator) if self.compile else self.discriminator
 
+    @property
+    def steps(self) -> int:
+        """How many in all."""
+        return self.recipe.steps
+
+    @property
+    def network(self) -> MirrorDecoder:
+        """What draws."""
+        return self.decoder
+
     def set_epochs(self, epochs: int) -> None:
         """Set the number of steps to that of so many passes over the images of the pairs."""
         if epochs < 1:
@@ -354,11 +382,11 @@ class Trainer:
         """The sample of a step."""
         count = self._count
         epoch, place = divmod(step, self._per_epoch)
-        order = self._order(_seeded(self.recipe.seed, 2 * epoch + 1))
+        order = self._order(seeded(self.recipe.seed, 2 * epoch + 1))
         numbers = self.sources[order[place * count : (place + 1) * count]]
-        draws = _seeded(self.recipe.seed, 2 * step)
+        draws = seeded(self.recipe.seed, 2 * step)
         source = self.classes.predicted[numbers]
-        target = torch.tensor([_choice(self.partners[int(index)], draws) for index in source])
+        target = torch.tensor([choice(self.partners[int(index)], draws) for index in source])
         k = torch.rand(count, generator=draws, dtype=torch.float64)
         references = []
         for number, own, other, share in zip(numbers, source, target, k, strict=True):
@@ -476,9 +504,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Stop where the decoder holds NaN or infinity: the losses of a step are those of the weights before it."""
-        for value in self.decoder.state_dict().values():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise TrainingStopped(WEIGHTS, self.step - 1, float(value[~value.isfinite()][0]))
+        check_finite(self.decoder, self.step - 1)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -491,25 +517,21 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """What a state must be the state of."""
-        # A training that diverged may go on more slowly, or in another precision.
-        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in CHANGEABLE}
-        settings = {
-            "recipe": recipe,
-            "pairs": self.pairs,
-            "images": len(self.pool),
-            "classifier": self.classifier.fingerprint(),
-            "shape": self.decoder.shape,
-            "decoder": self.decoder.settings,
-        }
-        return json.dumps(settings, sort_keys=True)
+        return fingerprint_of(
+            asdict(self.recipe),
+            pairs=self.pairs,
+            images=len(self.pool),
+            classifier=self.classifier.fingerprint(),
+            shape=self.decoder.shape,
+            decoder=self.decoder.settings,
+        )
 
     def save(self, path: Path) -> None:
         """Write all that the next step needs."""
         tensors = {f"images/{name}": getattr(self.classes, name) for name in _SEEN}
         for name, net in (("decoder", self.decoder), ("discriminator", self.discriminator)):
             tensors |= {f"{name}/{key}": value for key, value in net.state_dict().items()}
-            for number, moments in self.optimisers[name].state_dict()["state"].items():
-                tensors |= {f"adam-{name}/{number}/{key}": value for key, value in moments.items()}
+            tensors |= moments_of(self.optimisers[name], f"adam-{name}/")
         save_tensors(path, tensors, {"step": self.step, "of": self.fingerprint(), "history": self.history})
 
     def load(self, path: Path) -> None:
@@ -521,16 +543,8 @@ class Trainer:
         Warns:
             UserWarning: the classifier says something else of the images than of those of the state.
         """
-        try:
-            tensors, meta = load_tensors(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; to start from nothing delete it, or pass resume=False") from error
-        if meta.get("of") != self.fingerprint():
-            raise ValueError(
-                f"{path} is the state of a training with other settings, data or classifier"
-                f"{_apart(str(meta.get('of')), self.fingerprint())}; delete it, or pass resume=False"
-            )
-        then = _under(tensors, "images/")
+        tensors, meta = state_of(path, self.fingerprint())
+        then = under(tensors, "images/")
         apart = [(then[name] - getattr(self.classes, name)).abs() > 1e-3 for name in then]
         if any(float(each.double().mean()) > 0.01 for each in apart):  # a few may lie on a boundary
             warnings.warn(
@@ -542,13 +556,8 @@ class Trainer:
             )
         self.step, self.history = meta["step"], meta["history"]
         for name, net in (("decoder", self.decoder), ("discriminator", self.discriminator)):
-            net.load_state_dict(_under(tensors, f"{name}/"))
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in _under(tensors, f"adam-{name}/").items():
-                number, what = key.split("/")
-                moments.setdefault(int(number), {})[what] = value
-            optimiser = self.optimisers[name]
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+            net.load_state_dict(under(tensors, f"{name}/"))
+            set_moments(self.optimisers[name], tensors, f"adam-{name}/")
 
 
 def _whole(value: object) -> int:
@@ -560,33 +569,11 @@ def _whole(value: object) -> int:
         ) from None
 
 
-def _label(classifier: Classifier, label: Any) -> int:
-    """A class that comes with an image, by index or name."""
+def label_index(classifier: Classifier, label: Any) -> int | None:
+    """A class that comes with an image, by index or name; None where none comes."""
+    if label is None:
+        return None
     return classifier.class_index(label) if isinstance(label, str) else int(label)
-
-
-def _apart(there: str, here: str) -> str:
-    """In which settings two fingerprints of `Trainer` differ, as words."""
-    try:
-        two = [json.loads(each) for each in (there, here)]
-        then, now = ({**each.pop("recipe"), **each} for each in two)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return ""
-    names = [name for name in now if then.get(name) != now[name]]
-    return f" ({', '.join(f'{name}: {then.get(name)} there, {now[name]} here' for name in names)})"
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _seeded(seed: int, number: int) -> torch.Generator:
-    """A generator for one step (even numbers) or epoch (odd ones) of a seed."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % (1 << 63))
-
-
-def _choice(values: Sequence[int], generator: torch.Generator) -> int:
-    return values[int(torch.randint(len(values), (), generator=generator))]
 
 
 def _moved(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Running a training of Mirror-CFE's decoder to its end: states, previews, a bar, and what Ctrl-C leaves."""
+"""Running a training to its end: states, previews, a bar, and what Ctrl-C leaves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
-from finecf.explainers._mirror_fit import Trainer, TrainingStopped
+from torch import nn
+
+from finecf.explainers._training import TrainingStopped
+
+
+class Trainer(Protocol):
+    """What is trained, step by step. `whole` is false in the middle of a step."""
+
+    step: int
+    whole: bool
+
+    @property
+    def steps(self) -> int:
+        """How many in all."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What draws."""
+
+    def advance(self) -> dict[str, float]:
+        """One step; the losses by name."""
+
+    def check_weights(self) -> None:
+        """Stop where the network holds NaN or infinity."""
+
+    def save(self, path: Path) -> None:
+        """Write all that the next step needs."""
 
 
 def run_training(
@@ -26,7 +53,7 @@ def run_training(
         trainer: at its first step, or at that of a state it has loaded.
         state: the file of the state; None: none is written.
         save_every: steps between two states; one is also written at an interruption.
-        preview: called with the number of steps done, the decoder set to draw.
+        preview: called with the number of steps done, the network set to draw.
         preview_every: steps between two previews.
         progress: whether to show a bar.
 
@@ -40,7 +67,7 @@ def run_training(
     waiting = False
     with _training_bar(progress, trainer) as advance:
         try:
-            while trainer.step < trainer.recipe.steps:
+            while trainer.step < trainer.steps:
                 with interrupted_after():
                     losses = trainer.advance()
                 advance(losses)
@@ -52,12 +79,12 @@ def run_training(
                         trainer.save(untried)
                         waiting = True
                 if preview is not None and trainer.step % preview_every == 0:
-                    trainer.decoder.eval()
+                    trainer.network.eval()
                     preview(trainer.step)
-                    trainer.decoder.train()
+                    trainer.network.train()
             trainer.check_weights()  # no step comes that would show it
         except KeyboardInterrupt:
-            done = f"training was interrupted after {trainer.step} of {trainer.recipe.steps} steps"
+            done = f"training was interrupted after {trainer.step} of {trainer.steps} steps"
             if state is not None and trainer.whole:
                 trainer.save(state)
                 saved, waiting = state, False
@@ -111,7 +138,7 @@ def _training_bar(progress: bool | None, trainer: Trainer) -> Iterator[Callable[
 
     # With all losses it is still a bar in 80 columns.
     form = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {remaining}{postfix}"
-    with tqdm(total=trainer.recipe.steps, initial=trainer.step, desc="fitting", bar_format=form) as bar:
+    with tqdm(total=trainer.steps, initial=trainer.step, desc="fitting", bar_format=form) as bar:
 
         def advance(losses: dict[str, float]) -> None:
             named = (f"{name[:3]} {value:.2f}".replace(" 0.", " .") for name, value in losses.items())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finecf import _native
 from finecf.models import Classifier
+
+Target = int | str | Tensor | Sequence[int | str]
+"""Classes, by index or name: one for all images, or one for each."""
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
@@ -29,7 +34,7 @@ def wrapped(classifier: object) -> Classifier:
     return classifier
 
 
-def class_indices(classifier: Classifier, target: int | str | Tensor | Sequence[int | str], count: int) -> list[int]:
+def class_indices(classifier: Classifier, target: Target, count: int) -> list[int]:
     """The class index of each of `count` images, from one class for all or one for each, by index or name."""
     if target is None:
         raise TypeError("target is None; expected a class by index or name, or one for each image")
@@ -40,6 +45,47 @@ def class_indices(classifier: Classifier, target: int | str | Tensor | Sequence[
     if len(indices) != count:
         raise ValueError(f"target must be one class, or one for each of the {count} images; got {len(indices)}")
     return indices
+
+
+def sources_of(classifier: Classifier, logits: Tensor, source: Target | None) -> Tensor:
+    """The classes to move away from, int64 [B]: the predicted ones, unless others are given."""
+    if source is None:
+        return logits.argmax(1)
+    own = class_indices(classifier, source, len(logits))
+    return torch.tensor(own, dtype=torch.int64, device=logits.device)
+
+
+def classes_of(classifier: Classifier, logits: Tensor, source: Target | None, target: Target) -> tuple[Tensor, Tensor]:
+    """Source and target classes of images with these logits, int64 [B] each.
+
+    Raises:
+        ValueError: they are the same for an image.
+    """
+    own, device = sources_of(classifier, logits, source), logits.device
+    wanted = torch.tensor(class_indices(classifier, target, len(logits)), dtype=torch.int64, device=device)
+    same = (own == wanted).nonzero()[:, 0]
+    if len(same):
+        row = int(same[0])
+        what = "predicted class" if source is None else "source"
+        name = classifier.class_name(int(own[row]))
+        raise ValueError(
+            f"target and {what} of image {row} are the same, {name!r}: "
+            "there is no boundary between them; give another target"
+        )
+    return own, wanted
+
+
+def check_made_for(classifier: Classifier, meta: Mapping[str, Any], what: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a file that was made for another classifier; `what` is in it."""
+    made = meta.get("classifier") or {}
+    if not made or classifier.differs_from(made) is not None:
+        mine = classifier.fingerprint()
+        raise ValueError(
+            f"the {what} in {path} was made for another classifier: {made.get('model')} with weights "
+            f"{str(made.get('weights'))[:8]}, layer {made.get('layer')!r}, {made.get('classes')} classes; this one "
+            f"is {mine['model']} with weights {str(mine['weights'])[:8]}, layer {mine['layer']!r}, "
+            f"{classifier.num_classes} classes. Its latents mean something else: fit a {what} for this classifier"
+        )
 
 
 def lead_of(logits: Tensor, target: Tensor) -> Tensor:

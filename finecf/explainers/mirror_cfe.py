@@ -32,16 +32,20 @@ from finecf.explainers._reflection import (
     map_steps,
 )
 from finecf.explainers._shared import (
+    Target,
+    check_made_for,
     check_range,
-    class_indices,
+    classes_of,
     one_of,
     originals,
     plain,
     progress_bar,
+    sources_of,
     versions,
     wrapped,
 )
 from finecf.explainers._trim import Trimmed, check_gradients, trim, trim_settings
+from finecf.explainers.repaint import Repainted, Repainter
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
 from finecf.models import Classifier
 from finecf.models.decoder import PLAIN_SIDE, MirrorDecoder, load_decoder, save_decoder, shape_of
@@ -55,8 +59,6 @@ CORRECTIONS: Final = 8
 _MICRO_BATCH: Final = {"cpu": 32, "cuda": 256}
 _PIXELS: Final = 8 * 128 * 128
 """So many pixels are drawn at once on the CPU."""
-
-Target = int | str | Tensor | Sequence[int | str]
 
 
 class MirrorCFE:
@@ -82,6 +84,9 @@ class MirrorCFE:
         soften: standard deviation in pixels of a blur of what a decoder of changes (`output="change"`) adds to an
             image: such decoders may draw checkered patches where the classifier wants texture (O). Training is not
             touched. None: as the decoder's file says, else 0.
+        repainter: a `Repainter` of the same classifier, or a file that its `save` wrote (O). `trim` then looks for what
+            suffices of the change on top of the repainted image, where that leads to the target, and of the change to
+            the image itself elsewhere. The images along k are not touched.
         untrained_pairs: "warn" or "refuse", where the decoder was not trained on a pair that is asked for.
         resolution: in how fine steps of k the first counterfactual image is looked for.
         micro_batch: images decoded at a time; None: 256 on CUDA, and elsewhere 32, or fewer where they are large (8 of
@@ -92,8 +97,8 @@ class MirrorCFE:
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: a setting is unknown, the decoder was made for another classifier, or it draws whole images, which
-            cannot be softened.
+        ValueError: a setting is unknown, decoder or repainter were made for another classifier, or the decoder draws
+            whole images, which cannot be softened.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class MirrorCFE:
         corrections: int = CORRECTIONS,
         correction_blur: float = 0.0,
         soften: float | None = None,
+        repainter: Repainter | str | os.PathLike[str] | None = None,
         untrained_pairs: str = "warn",
         resolution: float = 0.02,
         micro_batch: int | None = None,
@@ -127,6 +133,11 @@ class MirrorCFE:
         self.resolution = resolution
         self.corrections, self.correction_blur = operator.index(corrections), float(correction_blur)
         self._asked_soften = soften
+        if repainter is not None and not isinstance(repainter, Repainter):
+            repainter = Repainter(classifier, repainter)
+        if repainter is not None and repainter.classifier.differs_from(classifier.fingerprint()) is not None:
+            raise ValueError("the repainter was made for another classifier: its marks are not where this one looks")
+        self.repainter = repainter
         asked = checked_micro_batch(micro_batch)
         self.micro_batch = asked or _MICRO_BATCH.get(classifier.device.type, 32)
         self._pixels = _PIXELS if asked is None and classifier.device.type == "cpu" else None
@@ -182,7 +193,7 @@ class MirrorCFE:
         with torch.inference_mode(False), plain(self.classifier.device):
             features, logits = self.classifier.features_and_logits(x)
             head = self._gap_head(features, logits)
-            own, wanted = self._classes(logits, source, target)
+            own, wanted = classes_of(self.classifier, logits, source, target)
             reflected = head.reflect(features.mean((2, 3)), own, wanted, self.reflection)
             return path_of(
                 head, reflected, own, wanted, places_of("steps", steps, x.device), features.dtype, self.reflection
@@ -200,7 +211,7 @@ class MirrorCFE:
         with plain(self.classifier.device):
             features, logits = self.classifier.features_and_logits(x)
             head = self._gap_head(features, logits)
-            own = self._sources(logits, source)
+            own = sources_of(self.classifier, logits, source)
             classes = logits.shape[1]
             everyone = torch.arange(classes, device=x.device)
             step = max(1, self.budget // (4 * 8 * classes * max(classes, features.shape[1])))
@@ -253,28 +264,6 @@ class MirrorCFE:
         if not empty:  # zeros do not show what a head reads
             self._head, self._head_of = head, fingerprint
         return head
-
-    def _sources(self, logits: Tensor, source: Target | None) -> Tensor:
-        """The classes to move away from, int64 [B]: the predicted ones, unless others are given."""
-        if source is None:
-            return logits.argmax(1)
-        own = class_indices(self.classifier, source, len(logits))
-        return torch.tensor(own, dtype=torch.int64, device=logits.device)
-
-    def _classes(self, logits: Tensor, source: Target | None, target: Target) -> tuple[Tensor, Tensor]:
-        """Source and target classes, int64 [B] each."""
-        own, device = self._sources(logits, source), logits.device
-        wanted = torch.tensor(class_indices(self.classifier, target, len(logits)), dtype=torch.int64, device=device)
-        same = (own == wanted).nonzero()[:, 0]
-        if len(same):
-            row = int(same[0])
-            what = "predicted class" if source is None else "source"
-            name = self.classifier.class_name(int(own[row]))
-            raise ValueError(
-                f"target and {what} of image {row} are the same, {name!r}: "
-                "there is no boundary between them; give another target"
-            )
-        return own, wanted
 
     # The decoder
 
@@ -378,7 +367,7 @@ class MirrorCFE:
         first = pool.take(torch.arange(min(2, len(pool))))
         with plain(self.classifier.device):
             head = self._gap_head(*self.classifier.features_and_logits(first))
-        named = self._pairs(pairs)  # now the number of classes is known
+        named = fitting.named_pairs(self.classifier, pairs)  # now the number of classes is known
         self._warn_of_closed_ways(head, named)
         large = max(first.shape[2:]) > PLAIN_SIDE
         shape = shape_of(self.classifier, first[0], skips)
@@ -465,16 +454,7 @@ class MirrorCFE:
 
     def _load(self, path: str | os.PathLike[str]) -> None:
         decoder, meta = load_decoder(path)
-        made = meta.get("classifier") or {}
-        if not made or self.classifier.differs_from(made) is not None:
-            mine = self.classifier.fingerprint()
-            raise ValueError(
-                f"the decoder in {path} was made for another classifier: {made.get('model')} with weights "
-                f"{str(made.get('weights'))[:8]}, layer {made.get('layer')!r}, {made.get('classes')} classes; this one "
-                f"is {mine['model']} with weights {str(mine['weights'])[:8]}, layer {mine['layer']!r}, "
-                f"{self.classifier.num_classes} classes. Its latents mean something else: fit a decoder for this "
-                "classifier"
-            )
+        check_made_for(self.classifier, meta, "decoder", path)
         self.decoder, self.meta = decoder.to(self.classifier.device), meta
         self._compare_names(path)
 
@@ -507,27 +487,6 @@ class MirrorCFE:
             return []
         return [index for index in theirs if theirs[index] != mine[index]]
 
-    def _pairs(self, pairs: Sequence[tuple[int | str, int | str]] | None) -> list[tuple[int, int]]:
-        if pairs is None:
-            count = self.classifier.num_classes or 0
-            if count * (count - 1) // 2 > 200:
-                raise ValueError(
-                    f"{count} classes have {count * (count - 1) // 2} pairs: name those that the decoder shall lead "
-                    "between, pairs=[(p, q), ...]"
-                )
-            return [(p, q) for p in range(count) for q in range(p + 1, count)]
-        for pair in pairs:
-            if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
-                raise ValueError(f"name pairs of classes, pairs=[(p, q), ...]; got {pair!r} among them")
-        named = [(self.classifier.class_index(p), self.classifier.class_index(q)) for p, q in pairs]
-        if not named:
-            raise ValueError("pairs is empty: name at least one pair of classes")
-        for p, q in named:
-            if p == q:
-                name = self.classifier.class_name(p)
-                raise ValueError(f"the pair ({name}, {name}) holds one class twice; there is no boundary inside it")
-        return sorted({(min(pair), max(pair)) for pair in named})
-
     # Explaining
 
     def explain(
@@ -550,7 +509,8 @@ class MirrorCFE:
             sources: names of the images.
             trim: whether to look for a part of the change to the image of k = 1 that suffices
                 (`finecf.explainers.trim`, O): 20 gradients of the classifier for the image, and 20 for the blurred
-                one. Its settings by name, {"blur": 0, "grid": (16, 16)}, instead of True: those, and else its own.
+                one; with a repainter, on top of the repainted image. Its settings by name,
+                {"blur": 0, "grid": (16, 16)}, instead of True: those, and else its own.
 
         Returns:
             One explanation for each image.
@@ -589,7 +549,7 @@ class MirrorCFE:
             x = x.clone() if x.is_inference() else x
             # What cannot be asked for is refused before anything is drawn.
             said = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
-            own, wanted = self._classes(said, source, target)
+            own, wanted = classes_of(self.classifier, said, source, target)
             self._check_pairs(own, wanted)
             if trimming is not None:
                 check_gradients(self.classifier, x[:1])
@@ -645,7 +605,12 @@ class MirrorCFE:
         blank, blank_logits = drawn_at(0.0)
         mirror, mirror_logits = drawn_at(1.0)
         errors = (torch.stack(strip_latents, 1) - path.latents).abs().mean(-1).double()
-        less = None if trimming is None else self._trim(x, mirror, canvas, trimming)
+        painted = (
+            None if self.repainter is None else self.repainter.repaint_prepared(x, canvas.target, source=canvas.source)
+        )
+        less = upon = None
+        if trimming is not None:
+            less, upon = self._trim(x, mirror, painted, canvas, trimming)
         shares = None
         if less is not None:
             whole = _size_of(mirror - x)
@@ -677,7 +642,10 @@ class MirrorCFE:
                         }
                     ),
                     # The image itself was run twice.
-                    evaluations=2 + int(drawing.counts.seen[b]) + (0 if less is None else int(less.evaluations[b])),
+                    evaluations=2
+                    + int(drawing.counts.seen[b])
+                    + (0 if painted is None else 1 + int(painted.rounds[b]))
+                    + (0 if less is None else int(less.evaluations[b]) + (painted is not None)),
                     seconds=seconds,
                     seed=None,
                     versions=versions() | {"device": str(x.device), "micro_batch": str(self.micro_batch)},
@@ -709,13 +677,28 @@ class MirrorCFE:
                     trimmed_margin=float(trimming["margin"]) if trimming is not None and cut else None,
                     trimmed_blur=float(trimming["blur"]) if trimming is not None and cut else None,
                     trimmed_stands=bool(less.stands[b]) if less is not None and cut else None,
+                    repainted_image=None if painted is None else painted.images[b].cpu(),
+                    repainted_valid=None if painted is None else bool(painted.found[b]),
+                    trimmed_upon_repainted=bool(upon[b]) if upon is not None and cut else None,
                 )
             )
         return results
 
-    def _trim(self, x: Tensor, ends: Tensor, canvas: Canvas, settings: Mapping[str, Any]) -> Trimmed:
+    def _trim(
+        self, x: Tensor, ends: Tensor, painted: Repainted | None, canvas: Canvas, settings: Mapping[str, Any]
+    ) -> tuple[Trimmed, Tensor | None]:
+        """What suffices of the changes from images to ends [B,Ch,H,W]; and bool [B], whether that is what comes on top
+        of the repainted image, where there is one.
+        """
+        starts, upon = x, None
+        if painted is not None:
+            low, high = canvas.decoder.low, canvas.decoder.high
+            further = torch.clamp(painted.images + (ends - x), low, high)
+            upon = self.classifier.logits(further).argmax(1) == canvas.target
+            chosen = upon[:, None, None, None]
+            starts, ends = torch.where(chosen, painted.images, x), torch.where(chosen, further, ends)
         limits: Mapping[str, Any] = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
-        return trim(self.classifier, x, ends, canvas.target, **settings, **limits)
+        return trim(self.classifier, starts, ends, canvas.target, **settings, **limits), upon
 
     def _drawing(self, decoder: MirrorDecoder, x: Tensor, own: Tensor, wanted: Tensor) -> Drawing:
         if decoder.shape.skips:

@@ -508,6 +508,10 @@ class MirrorExplanation(Explanation):
         trimmed_margin: the share of the target's lead that was to be kept.
         trimmed_blur, trimmed_stands: a standard deviation in pixels, and whether the trimmed image is the target
             blurred by it too. With a blur of 0, which was not asked for, False.
+        repainted_image, repainted_valid: [C,H,W], the image with marks of the target painted in
+            (`finecf.explainers.Repainter`), and whether the classifier calls it the target; None without a repainter.
+        trimmed_upon_repainted: whether the trimmed image is a blend of the repainted image and of that with the change
+            to `mirror_image` added, instead of the image itself and `mirror_image`. None without a repainter.
     """
 
     kind: ClassVar[str] = "mirror"
@@ -539,6 +543,9 @@ class MirrorExplanation(Explanation):
     trimmed_margin: float | None = None
     trimmed_blur: float | None = None
     trimmed_stands: bool | None = None
+    repainted_image: Tensor | None = None
+    repainted_valid: bool | None = None
+    trimmed_upon_repainted: bool | None = None
 
     def _outcome(self) -> str:
         return (
@@ -614,10 +621,16 @@ class MirrorExplanation(Explanation):
             part = float((self.trimmed_image - self.prepared).abs().mean())
             stands = "also" if self.trimmed_stands else "but not"
             blurred = f", {stands} where it is blurred by {self.trimmed_blur:g} pixels" if self.trimmed_blur else ""
+            size = f"mean pixel change {part:.4f}{blurred}"
             lines.append(
-                f"  {self.trimmed_share:.1%} of the change to the image of k = 1 suffices, mean pixel change {part:.4f}"
-                f"{blurred}"
+                f"  repainted, with what suffices of the change to the image of k = 1 on top: {size}"
+                if self.trimmed_upon_repainted
+                else f"  {self.trimmed_share:.1%} of the change to the image of k = 1 suffices, {size}"
             )
+        if self.repainted_image is not None:
+            named = "is" if self.repainted_valid else "is not"
+            part = float((self.repainted_image - self.prepared).abs().mean())
+            lines.append(f"  repainted alone it {named} classified as the target, mean pixel change {part:.4f}")
         if self.taken_at_once:
             lines.append(
                 f"  redrawn at k = 0, with nothing changed, it is already taken for {self.target_name}: what the "
@@ -640,7 +653,7 @@ class MirrorExplanation(Explanation):
         return cls(**{"first_image": None} | cls._arguments(tensors, fields) | {name: tensors[name] for name in names})
 
 
-_PERHAPS: Final = ("first_image", "trimmed_image", "trimmed_mask")
+_PERHAPS: Final = ("first_image", "trimmed_image", "trimmed_mask", "repainted_image")
 """Tensors that an explanation may be without."""
 
 

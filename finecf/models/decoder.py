@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from finecf.models.checkpoints import load_checkpoint, save_tensors
 from finecf.models.classifier import Classifier
 
+Range = tuple[float | Sequence[float], float | Sequence[float]]
+"""Least and largest value of images, a number or one per channel."""
+
 KIND: Final = "mirror decoder"
 PLAIN_SIDE: Final = 64
 """Images whose longer side is at most this are decoded without skips."""
@@ -188,7 +191,7 @@ class MirrorDecoder(nn.Module):
         width: int = 24,
         most: int = 128,
         inner: int = 128,
-        image_range: tuple[float | Sequence[float], float | Sequence[float]] = (0.0, 1.0),
+        image_range: Range = (0.0, 1.0),
         spatial_prior: bool = True,
         editor: str = "residual",
         prior_range: tuple[float, float] = PRIOR_RANGE,
@@ -206,7 +209,7 @@ class MirrorDecoder(nn.Module):
             "width": width,
             "most": most,
             "inner": inner,
-            "image_range": [_plain(each) for each in image_range],
+            "image_range": plain_range(image_range),
             "spatial_prior": spatial_prior,
             "editor": editor,
             "prior_range": [float(each) for each in prior_range],
@@ -233,11 +236,8 @@ class MirrorDecoder(nn.Module):
         channels, *size = shape.image
         self.pooled = nn.BatchNorm2d(depth) if pooled else None
         read = 2 * depth if pooled else depth
-        for name, value in zip(("low", "high"), image_range, strict=True):
-            bound = torch.as_tensor(value, dtype=torch.float32).expand(channels)
-            self.register_buffer(name, bound.clone().view(1, channels, 1, 1))
-        if not bool((self.low < self.high).all()):
-            raise ValueError(f"image_range must be (least, largest) with least < largest; got {image_range}")
+        for name, bound in zip(("low", "high"), bounds_of(image_range, channels), strict=True):
+            self.register_buffer(name, bound)
         if subpixel < 1 or size[0] % subpixel or size[1] % subpixel:
             raise ValueError(f"subpixel must be at least 1 and divide the image's sides {size}; got {subpixel}")
         if size[0] // subpixel < grid[0] or size[1] // subpixel < grid[1]:
@@ -412,8 +412,24 @@ def load_decoder(path: str | os.PathLike[str]) -> tuple[MirrorDecoder, dict[str,
     return decoder.eval().requires_grad_(False), meta
 
 
-def _plain(value: float | Sequence[float]) -> float | list[float]:
-    return [float(each) for each in value] if isinstance(value, Iterable) else float(value)
+def bounds_of(image_range: Range, channels: int) -> tuple[Tensor, Tensor]:
+    """Least and largest value of images with so many channels, float32 [1,Ch,1,1] each.
+
+    Raises:
+        ValueError: the least is not less than the largest.
+    """
+    low, high = (
+        torch.as_tensor(value, dtype=torch.float32).expand(channels).clone().view(1, channels, 1, 1)
+        for value in image_range
+    )
+    if not bool((low < high).all()):
+        raise ValueError(f"image_range must be (least, largest) with least < largest; got {image_range}")
+    return low, high
+
+
+def plain_range(image_range: Range) -> list[float | list[float]]:
+    """A range as a file can say it."""
+    return [[float(one) for one in each] if isinstance(each, Iterable) else float(each) for each in image_range]
 
 
 def _stages(grid: tuple[int, int], image: tuple[int, int], skips: list[tuple[int, int]]) -> list[tuple[int, int]]:

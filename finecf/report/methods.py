@@ -153,6 +153,7 @@ def _mirror_light(result: MirrorExplanation) -> MirrorExplanation:
         mirror_image=blank,
         trimmed_image=None,
         trimmed_mask=None,
+        repainted_image=None,
     )
 
 

@@ -221,7 +221,8 @@ def _counterfactual(axes: Axes, explanation: MirrorExplanation, shown: Shown) ->
 def _trimmed(axes: Axes, explanation: MirrorExplanation, shown: Shown, image: Tensor) -> None:
     show(axes, shown(image))
     _outline(axes, explanation.prepared, image)
-    write_title(axes, "Enough of it", f"{explanation.trimmed_share:.1%} of the change to k = 1")
+    share = f"{explanation.trimmed_share:.1%} of the change to k = 1"
+    write_title(axes, "Enough of it", "on top of the repainted image" if explanation.trimmed_upon_repainted else share)
     blur = f"blurred {explanation.trimmed_blur:g} px"
     blurred = f", {blur} too" if explanation.trimmed_stands else f", not {blur}" if explanation.trimmed_blur else ""
     write_caption(axes, f"says {plain(explanation.target_name)}", RIGHT, line=1, end=blurred)
@@ -311,8 +312,13 @@ def _small_print(explanation: MirrorExplanation, shown: int) -> list[str]:
     if explanation.soften:
         facts.append(f"What is drawn into the image is softened by a blur of {explanation.soften:g} pixels.")
     if explanation.trimmed_image is not None:
+        upon = (
+            "the image, with marks of the other class painted in where the model sees them, and"
+            if explanation.trimmed_upon_repainted
+            else "the image with"
+        )
         facts.append(
-            "Enough of it: the image with a part of its change to k = 1, chosen by the model's gradient so that it "
+            f"Enough of it: {upon} a part of its change to k = 1, chosen by the model's gradient so that it "
             "suffices with little change; a blend of the two that no decoder drew. Lines run round most of it."
         )
     if shown < len(explanation.k):

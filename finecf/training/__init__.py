@@ -9,7 +9,16 @@ from finecf.training.mirror import (
     train_decoder,
     train_mirror,
 )
-from finecf.training.nets import BirdsNet, DigitsNet, load_birds_net, load_digits_net, load_fashion_net, shipped_decoder
+from finecf.training.nets import (
+    BirdsNet,
+    DigitsNet,
+    load_birds_net,
+    load_digits_net,
+    load_fashion_net,
+    shipped_decoder,
+    shipped_painter,
+)
+from finecf.training.repaint import train_repainter
 from finecf.training.train import predict, train_birds, train_digits, train_fashion
 
 __all__ = [
@@ -26,9 +35,11 @@ __all__ = [
     "predict",
     "save_checkpoint",
     "shipped_decoder",
+    "shipped_painter",
     "train_birds",
     "train_decoder",
     "train_digits",
     "train_fashion",
     "train_mirror",
+    "train_repainter",
 ]

@@ -135,10 +135,21 @@ def shipped_decoder(name: str) -> Path:
 
     Raises FileNotFoundError where none ships.
     """
-    file = SHIPPED / f"mirror_{name}.safetensors"
+    return _shipped(f"mirror_{name}", f"Mirror-CFE decoder for {name!r}", f"mirror --on {name}")
+
+
+def shipped_painter(name: str) -> Path:
+    """The file of the `Repainter` that ships with finecf for the "birds" net.
+
+    Raises FileNotFoundError where none ships.
+    """
+    return _shipped(f"repainter_{name}", f"painter for {name!r}", f"repainter --on {name}")
+
+
+def _shipped(name: str, what: str, command: str) -> Path:
+    file = SHIPPED / f"{name}.safetensors"
     if not file.is_file():
         raise FileNotFoundError(
-            f"no Mirror-CFE decoder for {name!r} ships with finecf (there is no {file.name}); train one with "
-            f"`finecf train mirror --on {name}`"
+            f"no {what} ships with finecf (there is no {file.name}); train one with `finecf train {command}`"
         )
     return file

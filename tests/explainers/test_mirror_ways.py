@@ -225,9 +225,7 @@ def test_a_last_step_that_breaks_the_weights_writes_no_decoder(tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_descend", broken)
-        with pytest.raises(
-            TrainingStopped, match=r"a weight of the decoder became nan at step 5: .*d\.safetensors\.r"
-        ) as caught:
+        with pytest.raises(TrainingStopped, match=r"a weight became nan at step 5: .*d\.safetensors\.r") as caught:
             fitted(checkpoint=out, save_every=3)
     assert (caught.value.loss, caught.value.step) == ("weights", 5)
     assert not out.exists()

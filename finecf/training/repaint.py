@@ -1,0 +1,90 @@
+"""The painter of the birds that ships with finecf."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from finecf.data.birds import SyntheticBirds
+from finecf.explainers import Repainter
+from finecf.training.mirror import mirror_classifier, mirror_recipe
+from finecf.training.train import thread_count
+
+BIRDS: Final = 16_000
+"""Birds that the painter is trained on, from the first of the training split."""
+STEPS: Final = 20_000
+RECIPES: Final = ("birds",)
+
+
+class _Bytes(Dataset[tuple[Tensor, int]]):
+    """Images uint8 [N,H,W,3] and labels, a byte a value: float images of all would take four times as much."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self._images, self._labels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self._images[number].float() / 255, int(self._labels[number])
+
+
+def train_repainter(
+    on: str = "birds",
+    out: str | os.PathLike[str] = "repainter.safetensors",
+    classifier: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    threads: int | None = 1,
+    resume: bool = True,
+    progress: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Trains the painter of one set and writes it to `out`; returns its description.
+
+    Args:
+        on: "birds".
+        out: the safetensors file; `<out>.resume` beside it keeps the state.
+        classifier: the file of a net, instead of the shipped one.
+        steps: how many, instead of 20,000.
+        images: how many training birds, instead of 16,000.
+        seed: of everything drawn.
+        precision: "float32" or "bfloat16".
+        threads: of torch (None: as they are); the same number gives the same weights on one machine.
+        resume: whether to go on from `<out>.resume`.
+        progress: whether to show a bar.
+        command: what the description says made the file.
+
+    Raises:
+        ValueError: unknown set, or settings that `Repainter.fit` refuses.
+        FileNotFoundError: the classifier is not there.
+    """
+    if on not in RECIPES:
+        raise ValueError(f"painters are trained on {', '.join(RECIPES)}; got {on!r}")
+    with thread_count(threads):
+        wrapped = mirror_classifier(on, classifier)
+        birds = SyntheticBirds("train", n=images or BIRDS)
+        repainter = Repainter(wrapped, progress=progress)
+        default = f"finecf train repainter --on {on} --seed {seed} --precision {precision}"
+        for name, value in (("threads", threads), ("steps", steps), ("images", images)):
+            default += "" if value is None else f" --{name} {value}"
+        repainter.fit(
+            _Bytes(np.array(birds.images()), birds.labels),
+            list(mirror_recipe(on).pairs),
+            steps=steps or STEPS,
+            seed=seed,
+            precision=precision,
+            checkpoint=out,
+            resume=resume,
+        )
+        about = {"command": command or default, "images": len(birds), "threads": torch.get_num_threads()}
+        repainter.meta |= about
+        repainter.save(out)
+        return repainter.meta
