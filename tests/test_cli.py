@@ -325,7 +325,6 @@ def test_mirror_trims_on_top_of_a_repainted_image(folder: Path) -> None:
         (("--trim", "--repainter", folder / "none"), f"--repainter: there is no file {folder / 'none'}"),
         (("--trim", "--repainter", strange), "was made for another classifier"),
         (("--trim", "--repainter", decoder[1]), "holds no painter"),
-        (("--repainter", painter, "--method", "fgvce"), "--repainter belongs to --method mirror; got --method fgvce"),
     ):
         code, output, _ = mirror(folder, "--all-mistakes", *decoder, *arguments)
         assert code == 2
@@ -337,7 +336,8 @@ def test_a_painter_is_trained(tmp_path: Path) -> None:
     out = tmp_path / "painter.safetensors"
     code, output = run("train", "repainter", "--steps", 2, "--images", 80, "--out", out)
     assert code == 0, output
-    assert f"A painter for 30 pairs of birds; the checkpoint is {out}." in " ".join(output.split()).replace("- ", "-")
+    told = f"A painter for 30 pairs of birds; the checkpoint is {out}."
+    assert told.replace(" ", "") in "".join(output.split())  # a long path is broken anywhere
     _, meta = load_painter(out)
     wanted = "finecf train repainter --on birds --seed 0 --precision float32 --threads 1 --steps 2 --images 80"
     assert (meta["command"], meta["images"], meta["steps_done"]) == (wanted, 80, 2)
@@ -453,6 +453,7 @@ def test_mirror_says_which_decoder_it_needs(folder: Path, monkeypatch: pytest.Mo
         ((*known, "--decoder", strange), "was made for another classifier"),
         ((*known, "--decoder", folder / "model.py"), "model.py"),
         ((*known, "--steps", 3, "--method", "fgvce"), "--steps belongs to --method mirror; got --method fgvce"),
+        ((*known, "--repainter", "p", "--method", "fgvce"), "--repainter belongs to --method mirror; got --method fgvce"),
         ((*known, "--preset", "goyal"), "--preset belongs to --method fgvce; got --method mirror"),
         ((*known, "--reflection", "three"), "--reflection must be one of closed_form, lbfgs, two_class; got 'three'"),
         (image, "--image needs --target NAME"),
