@@ -453,7 +453,7 @@ def test_mirror_says_which_decoder_it_needs(folder: Path, monkeypatch: pytest.Mo
         ((*known, "--decoder", strange), "was made for another classifier"),
         ((*known, "--decoder", folder / "model.py"), "model.py"),
         ((*known, "--steps", 3, "--method", "fgvce"), "--steps belongs to --method mirror; got --method fgvce"),
-        ((*known, "--repainter", "p", "--method", "fgvce"), "--repainter belongs to --method mirror; got --method fgvce"),
+        ((*known, "--repainter", "p", "--method", "smdl"), "--repainter belongs to --method mirror; got --method smdl"),
         ((*known, "--preset", "goyal"), "--preset belongs to --method fgvce; got --method mirror"),
         ((*known, "--reflection", "three"), "--reflection must be one of closed_form, lbfgs, two_class; got 'three'"),
         (image, "--image needs --target NAME"),
