@@ -3,8 +3,8 @@
 A decoder of Mirror-CFE is asked to cross the classifier's boundary, and what crosses it need not look like the other
 class. A painter is asked for looks alone (`finecf.explainers.Repainter`): it learns to mend real birds, sees no pair of
 bird and redrawn bird, and no gradient of the classifier. Mirror-CFE's change comes on top, and of it what suffices
-(`finecf.explainers.trim`) is kept: what keeps a tenth of its lead and stands a blur, as of `explain(..., trim=True)`; and
-what is just called the target, as a first counterfactual image is.
+(`finecf.explainers.trim`) is kept: what keeps a tenth of its lead and stands a blur, as of `explain(..., trim=True)`;
+and what is just called the target, as a first counterfactual image is.
 
     python benchmarks/mirror_repaint.py --images 500 [--rounds N] [--validation]
     python benchmarks/mirror_repaint.py --painter FILE    # of `finecf train repainter`, instead of the shipped one
