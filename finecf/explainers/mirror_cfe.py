@@ -518,7 +518,7 @@ class MirrorCFE:
         Raises:
             TypeError: `trim` is neither a bool nor a mapping.
             ValueError: there is no decoder, the images are not of its size or range, an untrained pair where they are
-                refused, settings that trimming refuses, or as `latent_path`.
+                refused, settings that trimming refuses, images that the repainter refuses, or as `latent_path`.
             Interrupted: Ctrl-C; what was finished is in its `explanations`.
         """
         decoder = self._ready()
@@ -551,6 +551,8 @@ class MirrorCFE:
             said = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
             own, wanted = classes_of(self.classifier, said, source, target)
             self._check_pairs(own, wanted)
+            if self.repainter is not None:
+                self.repainter.check_prepared(x)
             if trimming is not None:
                 check_gradients(self.classifier, x[:1])
             # The strip of an image, drawn and encoded again, is what takes memory.
@@ -649,7 +651,12 @@ class MirrorCFE:
                     seconds=seconds,
                     seed=None,
                     versions=versions() | {"device": str(x.device), "micro_batch": str(self.micro_batch)},
-                    notes=[*path.notes, *self._notes(source, predicted, target), *_note_of_trim(less, b)],
+                    notes=[
+                        *path.notes,
+                        *self._notes(source, predicted, target),
+                        *_note_of_painting(painted, b),
+                        *_note_of_trim(less, b),
+                    ],
                     reflection=self.reflection,
                     origin=source,
                     origin_name=self.classifier.class_name(source),
@@ -694,7 +701,7 @@ class MirrorCFE:
         if painted is not None:
             low, high = canvas.decoder.low, canvas.decoder.high
             further = torch.clamp(painted.images + (ends - x), low, high)
-            upon = self.classifier.logits(further).argmax(1) == canvas.target
+            upon = (painted.rounds > 0) & (self.classifier.logits(further).argmax(1) == canvas.target)
             chosen = upon[:, None, None, None]
             starts, ends = torch.where(chosen, painted.images, x), torch.where(chosen, further, ends)
         limits: Mapping[str, Any] = {"micro_batch": self.micro_batch, "memory_budget": self.budget}
@@ -788,6 +795,13 @@ class MirrorCFE:
 def _size_of(change: Tensor) -> Tensor:
     """Mean absolute value of each image's change, float64 [B]."""
     return change.double().abs().mean((1, 2, 3))
+
+
+def _note_of_painting(painted: Repainted | None, row: int) -> list[str]:
+    """What to say of one image that was to be repainted and could not be."""
+    if painted is None or int(painted.rounds[row]):
+        return []
+    return ["the painter was not trained on both classes: the image was not repainted"]
 
 
 def _note_of_trim(trimmed: Trimmed | None, row: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, SupportsIndex
@@ -40,7 +41,7 @@ class Repainted:
     Attributes:
         images: [B,Ch,H,W], as the model takes them.
         mask: bool [B,1,H,W], where they may have changed.
-        rounds: int64 [B], how often each was repainted.
+        rounds: int64 [B], how often each was repainted; 0 where the painter does not know both classes.
         found: bool [B], whether the classifier calls it the target now.
     """
 
@@ -218,6 +219,8 @@ class Repainter:
         Raises:
             ValueError: there is no painter, the images are not of its range or smaller than its window, a class is
                 unknown, target and source are the same, or the head is not linear.
+
+        Warns where the painter was not trained on a class, and leaves such images as they are.
         """
         self._ready()
         return self.repaint_prepared(self.classifier.prepare(images), target, source=source)
@@ -225,6 +228,34 @@ class Repainter:
     @torch.inference_mode(False)
     def repaint_prepared(self, x: Tensor, target: Target, *, source: Target | None = None) -> Repainted:
         """As `repaint`, of images [B,Ch,H,W] as the model takes them: nothing is preprocessed."""
+        painter = self.check_prepared(x)
+        with plain(self.classifier.device):
+            x = x.clone() if x.is_inference() else x
+            if len(x) == 0:
+                none = torch.zeros(0, dtype=torch.bool, device=x.device)
+                return Repainted(x, none.new_zeros(0, 1, *x.shape[2:]), none.long(), none)
+            logits = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
+            if logits.shape[1] != painter.settings["classes"]:
+                raise ValueError(
+                    f"the painter knows {painter.settings['classes']} classes and the classifier has "
+                    f"{logits.shape[1]}: it was made for another classifier"
+                )
+            own, wanted = classes_of(self.classifier, logits, source, target)
+            done = Repainted(
+                x.clone(),
+                torch.zeros_like(x[:, :1], dtype=torch.bool),
+                torch.zeros_like(wanted),
+                logits.argmax(1) == wanted,
+            )
+            known = self._known(own, wanted).nonzero()[:, 0]
+            for rows in known.split(self.micro_batch) if len(known) else ():
+                part = self._repaint(painter, x[rows], own[rows], wanted[rows])
+                for whole, some in zip((done.images, done.mask, done.rounds, done.found), part, strict=True):
+                    whole[rows] = some
+        return done
+
+    def check_prepared(self, x: Tensor) -> Painter:
+        """The painter, if images [B,Ch,H,W] as the model takes them can be repainted; else raises as `repaint`."""
         painter = self._ready()
         channels, side = painter.settings["channels"], painter.window
         if x.shape[1] != channels or min(x.shape[2:]) < side:
@@ -233,16 +264,27 @@ class Repainter:
                 f"{list(x.shape[1:])}"
             )
         check_range(x, painter.low, painter.high, "give images scaled as those it was trained on")
-        if len(x) == 0:
-            none = torch.zeros(0, dtype=torch.bool, device=x.device)
-            return Repainted(x, none.new_zeros(0, 1, *x.shape[2:]), none.long(), none)
-        with plain(self.classifier.device):
-            x = x.clone() if x.is_inference() else x
-            said = [self.classifier.logits(part) for part in x.split(self.micro_batch)]
-            classes = classes_of(self.classifier, torch.cat(said), source, target)
-            parts = zip(*(each.split(self.micro_batch) for each in (x, *classes)), strict=True)
-            done = [self._repaint(painter, *part) for part in parts]
-        return Repainted(*(torch.cat(each) for each in zip(*done, strict=True)))
+        return painter
+
+    def _known(self, source: Tensor, target: Tensor) -> Tensor:
+        """Whether the painter was trained on both classes of images, bool [B]; warns of those it was not."""
+        if "pairs" not in self.meta:
+            return torch.ones_like(source, dtype=torch.bool)
+        learned = {index for pair in self.meta["pairs"] for index in pair}
+        asked = {*source.tolist(), *target.tolist()}
+        if asked - learned:
+            new, old = (
+                ", ".join(self.classifier.class_name(index) for index in sorted(some))
+                for some in (asked - learned, learned)
+            )
+            warnings.warn(
+                f"the painter was not trained on {new} (it knows {old}): images from or to these stay as they are",
+                UserWarning,
+                stacklevel=4,
+            )
+        return torch.isin(source, source.new_tensor(sorted(learned))) & torch.isin(
+            target, target.new_tensor(sorted(learned))
+        )
 
     def _repaint(
         self, painter: Painter, x: Tensor, source: Tensor, target: Tensor

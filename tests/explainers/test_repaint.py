@@ -382,6 +382,28 @@ def test_what_cannot_be_painted_is_refused(painted: Repainter) -> None:
         Repainter(Mosaic())  # type: ignore[arg-type]
 
 
+def test_classes_that_the_painter_was_not_trained_on_are_left_alone(painted: Repainter) -> None:
+    x, _ = stamped(4)
+    x[1] = x[1].roll(1, 0)
+    predicted = painted.classifier.logits(x).argmax(1)
+    target = torch.tensor([2, 1, 1, 0], device=DEVICE)
+    assert predicted.tolist() == [0, 0, 0, 2]
+    with pytest.warns(UserWarning, match=r"was not trained on green \(it knows red, blue\):"):
+        found = painted.repaint(x, target)
+    assert found.rounds.tolist() == [1, 0, 0, 1]
+    assert found.mask.flatten(1).any(1).tolist() == [True, False, False, True]
+    assert torch.equal(found.images[1:3], x[1:3])
+    assert found.found.tolist()[1:3] == [False, False]
+    alone = painted.repaint(x[:1], "blue")
+    torch.testing.assert_close(found.images[:1], alone.images, rtol=0, atol=1e-5)
+
+
+def test_a_painter_of_other_classes_is_refused() -> None:
+    repainter = Repainter(mosaic(), Painter(7, 3, SIDE, (8, 8)))
+    with pytest.raises(ValueError, match="the painter knows 7 classes and the classifier has 3"):
+        repainter.repaint(stamped(1)[0], "blue")
+
+
 def test_what_it_is_called() -> None:
     assert repr(Repainter(mosaic())).endswith("no painter yet)")
     assert repr(taught(steps=1)[0]).endswith("a painter of 16-pixel windows)")
@@ -444,7 +466,7 @@ def test_where_the_repainted_image_does_not_lead_there_the_image_itself_is_taken
         """What no change makes up for."""
         far = torch.zeros_like(images) + torch.arange(len(images), device=images.device)[:, None, None, None] % 2
         none = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        return Repainted(far, none[:, None, None, None].expand_as(images[:, :1]), none.long(), none)
+        return Repainted(far, none[:, None, None, None].expand_as(images[:, :1]), 1 + none.long(), none)
 
     monkeypatch.setattr(repainter, "repaint_prepared", elsewhere)
     upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=repainter)
@@ -453,6 +475,40 @@ def test_where_the_repainted_image_does_not_lead_there_the_image_itself_is_taken
     assert taken
     for one, other in taken:
         assert torch.equal(one.trimmed_image, other.trimmed_image)
+
+
+def test_an_image_that_is_not_repainted_is_trimmed_as_without_a_repainter() -> None:
+    mirror, _ = fitted(steps=40, **CHANGE)
+    x = pictures(8, seed=3)
+    target = others(mirror.classifier, x)
+    repainter = Repainter(mirror.classifier, Painter(mirror.classifier.num_classes or 0, 3, SIDE, (8, 8)))
+    repainter.meta = {"pairs": [[0, 1]]}
+    upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=repainter)
+    with pytest.warns(UserWarning, match="the painter was not trained on"):
+        found = upon.explain(x, target, steps=2, trim=True)
+    left = [each for each in found if not {each.origin, each.target} <= {0, 1}]
+    assert left
+    for one, other in zip(found, mirror.explain(x, target, steps=2, trim=True), strict=True):
+        if {one.origin, one.target} <= {0, 1}:
+            continue
+        assert torch.equal(one.repainted_image, one.prepared)
+        assert "the painter was not trained on both classes: the image was not repainted" in one.notes
+        assert not one.trimmed_upon_repainted
+        assert (one.trimmed_image is None) == (other.trimmed_image is None)
+        if one.trimmed_image is not None:
+            assert torch.equal(one.trimmed_image, other.trimmed_image)
+
+
+def test_what_the_repainter_refuses_is_refused_before_anything_is_drawn(
+    both: tuple[finecf.MirrorCFE, Repainter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, _ = both
+    x = pictures(2, seed=3)
+    target = others(mirror.classifier, x)
+    upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=Repainter(mirror.classifier))
+    monkeypatch.setattr(upon, "_explain", lambda *given: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match="there is no painter yet"):
+        upon.explain(x, target)
 
 
 def test_images_are_preprocessed_once() -> None:
