@@ -4,7 +4,7 @@ A decoder of Mirror-CFE is asked to cross the classifier's boundary, and what cr
 class. A painter is asked for looks alone (`finecf.explainers.Repainter`): it learns to mend real birds, sees no pair of
 bird and redrawn bird, and no gradient of the classifier. Mirror-CFE's change comes on top, and of it what suffices
 (`finecf.explainers.trim`) is kept: what keeps a tenth of its lead and stands a blur, as of `explain(..., trim=True)`;
-and what is just called the target, as a first counterfactual image is.
+and what is just called the target, as a first counterfactual image is (`trim=JUST_ACROSS`).
 
     python benchmarks/mirror_repaint.py --images 500 [--rounds N] [--validation]
     python benchmarks/mirror_repaint.py --painter FILE    # of `finecf train repainter`, instead of the shipped one
@@ -15,22 +15,17 @@ not; one that has no first or no trimmed image stands there as the image of k = 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from mirror import birds_options, chosen_images, kept, logits_of, nearer, publish, redrawn_birds
 from torch import Tensor
 
 import finecf
-from finecf.explainers import Repainter, trim
+from finecf.explainers import JUST_ACROSS, Repainter, trim
 from finecf.explainers.repaint import ROUNDS
 from finecf.metrics import redraw_distances
 from finecf.metrics.bootstrap import paired_bootstrap
 from finecf.metrics.tables import Table
 from finecf.training import mirror_classifier, mirror_recipe, shipped_decoder, shipped_painter
-
-JUST_ACROSS: dict[str, Any] = {"margin": 0.0, "blur": 0.0, "rounds": 60}
-"""Settings of `trim`, from the validation birds."""
 
 
 def main() -> None:

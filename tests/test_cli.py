@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import finecf
 from finecf.cli import _commands, _demo, _user, app
 from finecf.explainers import Interrupted, Repainter
+from finecf.explainers._trim import BLUR, MARGIN
 from finecf.explainers.mirror_cfe import CORRECTIONS
 from finecf.models.checkpoints import load_tensors, save_tensors
 from finecf.models.decoder import MirrorDecoder, load_decoder, shape_of
@@ -320,8 +321,17 @@ def test_mirror_trims_on_top_of_a_repainted_image(folder: Path) -> None:
     found = [finecf.load(path) for path in (folder / "out").glob("*.safetensors")]
     assert len(found) == len(rows) == 3
     assert all(each.repainted_image is not None for each in found)
+    whole = ("--all-mistakes", "--steps", 3, "--save", "--no-figures", *decoder, "--trim")
+    code, output, _ = mirror(folder, *whole, "--just-across", "--repainter", painter)
+    assert code == 0, output
+    across = [finecf.load(path) for path in (folder / "out").glob("*.safetensors")]
+    asked = [
+        {(each.trimmed_margin, each.trimmed_blur) for each in some if each.mirror_valid} for some in (found, across)
+    ]
+    assert asked == [{(MARGIN, BLUR)}, {(0.0, 0.0)}]
     for arguments, message in (
         (("--repainter", painter), "--repainter is where --trim starts from: give both"),
+        (("--just-across",), "--just-across says how far --trim goes: give both"),
         (("--trim", "--repainter", folder / "none"), f"--repainter: there is no file {folder / 'none'}"),
         (("--trim", "--repainter", strange), "was made for another classifier"),
         (("--trim", "--repainter", decoder[1]), "holds no painter"),

@@ -27,7 +27,7 @@ from finecf.cli._demo import bird_runs, digit_runs
 from finecf.cli._runs import INTERRUPTED, MIRROR_STEPS, about_fgvce, about_mirror, about_smdl, explain_all, title
 from finecf.cli._user import batches, device_named, index_of_folders, misclassified, predict, user_classifier
 from finecf.data import ImageFolderDataset, LabelledImages, SyntheticBirds
-from finecf.explainers import FGVCE, PRESETS, SMDL, MirrorCFE
+from finecf.explainers import FGVCE, JUST_ACROSS, PRESETS, SMDL, MirrorCFE
 from finecf.explainers._mirror_fit import PRECISIONS, checked_checkpoint, checked_weights
 from finecf.explainers._reflection import REFLECTIONS
 from finecf.explainers._shared import one_of
@@ -65,7 +65,7 @@ METHODS = ("fgvce", "smdl", "mirror")
 OPTIONS_OF = {
     "fgvce": ("preset", "max_edits", "minimal"),
     "smdl": ("regions", "region_count", "search", "max_regions", "baseline"),
-    "mirror": ("decoder", "steps", "reflection", "corrections", "trim", "repainter"),
+    "mirror": ("decoder", "steps", "reflection", "corrections", "trim", "just_across", "repainter"),
 }
 """The options of `explain` that only one method has."""
 OF_OWN = ("weights", "pair", "labels", "layer", "size", "normalise", "device", "learning_rate", "reflection")
@@ -182,6 +182,10 @@ def explain(
     trim: Annotated[
         bool, typer.Option("--trim", help="mirror: also look for a small part of the change that suffices.")
     ] = False,
+    just_across: Annotated[
+        bool,
+        typer.Option("--just-across", help="mirror: with --trim, cross the boundary, whatever a blur does."),
+    ] = False,
     repainter: Annotated[
         Path | None,
         typer.Option(help="mirror: with --trim, paint marks of the target in first: the file of Repainter.save."),
@@ -204,6 +208,8 @@ def explain(
         raise FileNotFoundError(f"--repainter: there is no file {repainter}")
     if repainter is not None and not trim:
         raise ValueError("--repainter is where --trim starts from: give both")
+    if just_across and not trim:
+        raise ValueError("--just-across says how far --trim goes: give both")
     for option, value, allowed in (
         ("preset", preset, PRESETS),
         ("regions", regions, DIVISIONS),
@@ -261,7 +267,7 @@ def explain(
         figures=figures,
         save=save,
         names=MISTAKES if all_mistakes else PREDICTED if target is None else ASKED,
-        options={"steps": steps, "trim": trim} if method == "mirror" else {},
+        options={"steps": steps, "trim": JUST_ACROSS if just_across else trim} if method == "mirror" else {},
         folder=out if method == "mirror" else None,
     )
     if image is not None:

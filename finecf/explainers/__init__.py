@@ -2,7 +2,7 @@
 
 from finecf.explainers._latent_path import ClassDistances, LatentPath
 from finecf.explainers._training import TrainingStopped
-from finecf.explainers._trim import Trimmed, trim
+from finecf.explainers._trim import JUST_ACROSS, Trimmed, trim
 from finecf.explainers.fgvce import FGVCE, PRESETS
 from finecf.explainers.mirror_cfe import MirrorCFE
 from finecf.explainers.repaint import Repainted, Repainter
@@ -22,6 +22,7 @@ from finecf.explainers.smdl import SMDL
 
 __all__ = [
     "FGVCE",
+    "JUST_ACROSS",
     "PRESETS",
     "SMDL",
     "ClassDistances",

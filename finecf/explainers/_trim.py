@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, SupportsIndex
 
 import torch
@@ -23,6 +24,10 @@ BLUR: Final = 1.0
 """Standard deviation, in pixels, of the blur that what is kept must stand."""
 MARGIN: Final = 0.1
 """The share of its lead that the target must keep."""
+JUST_ACROSS: Final[Mapping[str, Any]] = MappingProxyType({"margin": 0.0, "blur": 0.0, "rounds": 60})
+"""Settings of `trim` that ask for no more than the boundary crossed, as a first counterfactual image does; how many
+rounds was settled on validation birds.
+"""
 _CELLS: Final = 4
 _PIXELS: Final = 2
 """A mask has so many cells along a cell of the classifier's map, and none of fewer pixels a side."""

@@ -17,7 +17,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import finecf
-from finecf.explainers import Trimmed, _trim, trim
+from finecf.explainers import JUST_ACROSS, Trimmed, _trim, trim
 from finecf.explainers._trim import cheapest_mask
 from finecf.regions.baseline import gaussian_blur
 
@@ -491,6 +491,24 @@ def test_an_explainer_takes_the_settings_of_trimming(tmp_path: Path) -> None:
         assert (plain.trimmed_image is None) == (each.trimmed_image is None)
         if plain.trimmed_image is not None:
             assert torch.equal(plain.trimmed_image, each.trimmed_image)
+
+
+def test_just_across_asks_for_less_than_the_default() -> None:
+    mirror, _ = fitted(steps=20, batch=16, learning_rate=1e-2, pairs=None, **CHANGE)
+    x = pictures(24, seed=3)
+    target = others(mirror.classifier, x)
+    every, across = (mirror.explain(x, target, steps=2, trim=each) for each in (True, JUST_ACROSS))
+    changes = []
+    for usual, less in zip(every, across, strict=True):
+        assert (usual.trimmed_image is None) == (less.trimmed_image is None)
+        if less.trimmed_image is None:
+            continue
+        assert int(mirror.classifier.logits(less.trimmed_image[None].to(DEVICE)).argmax()) == less.target
+        assert (less.trimmed_margin, less.trimmed_blur) == (0.0, 0.0)
+        changes.append([float((each.trimmed_image - each.prepared).abs().mean()) for each in (usual, less)])
+    assert len(changes) > 3
+    usually, less_so = torch.tensor(changes).mean(0).tolist()
+    assert less_so < usually
 
 
 @pytest.mark.parametrize(
