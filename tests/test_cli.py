@@ -356,7 +356,11 @@ def test_a_painter_is_trained(tmp_path: Path) -> None:
         (("repainter", "--epochs", 3), "train repainter counts steps, not epochs: give --steps"),
         (("repainter", "--loss-weight", "feature=0"), "--loss-weight belongs to `finecf train mirror`; got repainter"),
         (("repainter", "--previews", tmp_path), "--previews belongs to `finecf train mirror`; got repainter"),
-        (("birds", "--steps", 3), "--steps belongs to `finecf train mirror`; got birds"),
+        (("repainter", "--data", tmp_path), "--data belongs to `finecf train fashion` and `finecf train mirror`; got"),
+        (("repainter", "--workers", 2), "--workers belongs to `finecf train birds`; got repainter"),
+        (("digits", "--images", 3), "--images belongs to `finecf train birds` and `finecf train mirror` and"),
+        (("mirror", "--data", tmp_path), "--data belongs to --on fashion, and to --model"),
+        (("birds", "--steps", 3), "--steps belongs to `finecf train mirror` and `finecf train repainter`; got birds"),
     ):
         code, output = run("train", *arguments, "--out", out)
         assert code == 2

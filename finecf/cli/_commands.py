@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -69,9 +70,16 @@ OPTIONS_OF = {
 }
 """The options of `explain` that only one method has."""
 OF_OWN = ("weights", "pair", "labels", "layer", "size", "normalise", "device", "learning_rate", "reflection")
-OF_MIRROR = ("weight", "spatial_prior", "previews")
-OF_SHIPPED = ("on", "classifier", "images", "workers")
-"""The options of `train` that need --model, those that only decoders have, and those that --model excludes."""
+OF_SHIPPED = ("on", "classifier", "images")
+"""The options of `train mirror` that need --model, and those that --model excludes."""
+TRAINED = {
+    "birds": ("epochs", "images", "workers"),
+    "digits": ("epochs",),
+    "fashion": ("epochs", "data"),
+    "mirror": ("on", "classifier", "steps", "images", "data", "weight", "spatial_prior", "previews", "model", *OF_OWN),
+    "repainter": ("on", "classifier", "steps", "images"),
+}
+"""What can be trained, and the options of `train` that not all of them have."""
 EVALUATE_IMAGES = 20_000
 SLOW_HEAD_EDITS = 10
 
@@ -330,7 +338,7 @@ def train(
     images: Annotated[int | None, typer.Option(min=1, help="Images to train on (birds, mirror, repainter).")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Where fashion_mnist.npz is; with --model the folder of images, a subfolder for each class."),
+        typer.Option(help="fashion: where fashion_mnist.npz is; --model: images, a subfolder for each class."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -338,7 +346,7 @@ def train(
         int | None,
         typer.Option(min=1, help="The same number gives the same weights; default: 1, with --model as many as torch."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw birds.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="birds: processes that draw them.")] = 0,
     on: Annotated[
         str | None,
         typer.Option(help="mirror: digits, birds or fashion, by default digits; repainter: birds."),
@@ -383,8 +391,6 @@ def train(
     _check_training(what, model, context)
     path = out or Path(f"{what}.safetensors")
     settings: dict[str, Any] = {"seed": seed, "precision": precision, "progress": True}
-    if what in ("mirror", "repainter") and epochs is not None:
-        raise ValueError(f"train {what} counts steps, not epochs: give --steps")
     if what == "repainter":
         settings |= {"steps": steps, "images": images, "threads": threads or 1}
         meta = train_repainter(on or "birds", path, classifier, **settings)
@@ -421,8 +427,6 @@ def train(
         "digits": train_digits,
         "fashion": train_fashion,
     }
-    if what not in runs:
-        raise ValueError(f"train takes {', '.join(runs)}, mirror or repainter; got {what!r}")
     if epochs is not None:
         settings["epochs"] = epochs
     if what == "birds":
@@ -565,17 +569,23 @@ def _given(names: Iterable[str], context: typer.Context) -> list[str]:
 
 def _check_training(what: str, model: str | None, context: typer.Context) -> None:
     """Refuse options of `train` that go with another thing to train."""
+    if what not in TRAINED:
+        *most, last = TRAINED
+        raise ValueError(f"train takes {', '.join(most)} or {last}; got {what!r}")
     own, shipped = (_given(names, context) for names in (OF_OWN, OF_SHIPPED))
-    for name in _given((*OF_MIRROR, "steps"), context):
-        if what != "mirror" and (name, what) != ("steps", "repainter"):
+    for name in _given(dict.fromkeys(("model", *itertools.chain(*TRAINED.values()))), context):
+        if name == "epochs" and "steps" in TRAINED[what]:
+            raise ValueError(f"train {what} counts steps, not epochs: give --steps")
+        if name not in TRAINED[what]:
             option = "loss-weight" if name == "weight" else name.replace("_", "-")
-            raise ValueError(f"--{option} belongs to `finecf train mirror`; got {what}")
-    if what != "mirror" and model is not None:
-        raise ValueError(f"--model belongs to `finecf train mirror`; got {what}")
+            those = " and ".join(f"`finecf train {other}`" for other, names in TRAINED.items() if name in names)
+            raise ValueError(f"--{option} belongs to {those}; got {what}")
     if model is None and own:
         raise ValueError(
             f"--{own[0].replace('_', '-')} needs --model, whose decoder is trained on the images of --data"
         )
+    if what == "mirror" and model is None and _given(("data",), context) and context.params["on"] != "fashion":
+        raise ValueError("--data belongs to --on fashion, and to --model")
     if model is not None and shipped:
         raise ValueError(f"--{shipped[0]} belongs to the small nets that ship; got --model {model}")
 

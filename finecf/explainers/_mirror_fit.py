@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -36,9 +35,12 @@ from finecf.explainers._shared import check_range
 from finecf.explainers._training import (
     TrainingStopped,
     check_finite,
+    check_same_images,
     choice,
     fingerprint_of,
+    joined,
     moments_of,
+    said_of,
     seeded,
     set_moments,
     state_of,
@@ -58,8 +60,6 @@ _TRAIN_OTHERWISE = (
     "train with decoder={'image_range': (least, largest)}, two numbers or two lists of one a channel, of the images as "
     "the model takes them"
 )
-_SEEN = ("predicted", "confidence")
-"""What a state says of the images that it was trained on: fields of `Classes`."""
 
 
 @dataclass(frozen=True)
@@ -254,12 +254,10 @@ def _chosen(loader: DataLoader[Any]) -> Dataset[Any]:
 class Classes(NamedTuple):
     """Which images the classifier takes for which class."""
 
-    predicted: Tensor
-    """int64 [N] on the CPU."""
+    said: dict[str, Tensor]
+    """Of all images, as of `said_of`."""
     members: dict[int, Tensor]
     """The images of every class of the pairs."""
-    confidence: Tensor
-    """float64 [N] on the CPU: the probability of the predicted class."""
 
 
 def look_through(
@@ -268,7 +266,7 @@ def look_through(
     """One pass over the images: what the classifier predicts, and that the decoder draws images of their size and
     range.
     """
-    guesses, sureness, labels = [], [], []
+    said, labels = [], []
     for numbers in torch.arange(len(pool)).split(_BATCH_WHILE_LOOKING):
         x, named = pool.read(numbers)
         labels += named
@@ -276,10 +274,9 @@ def look_through(
             sizes = f"{list(decoder.shape.image)} and {list(x.shape[1:])}"
             raise ValueError(f"the training images have different sizes, {sizes}; resize them")
         check_range(x, decoder.low, decoder.high, _TRAIN_OTHERWISE, bounds=DECODER_RANGE)
-        sure, guess = classifier.logits(x).cpu().double().softmax(1).max(1)
-        guesses.append(guess)
-        sureness.append(sure)
-    found = torch.cat(guesses)
+        said.append(said_of(classifier.logits(x)))
+    whole = joined(said)
+    found = whole["predicted"]
     members = {}
     for index in sorted({index for pair in pairs for index in pair}):
         own = (found == index).nonzero()[:, 0]
@@ -290,7 +287,7 @@ def look_through(
                 "classifier recognises; at least 2 are needed"
             )
         members[index] = own
-    return Classes(found, members, torch.cat(sureness))
+    return Classes(whole, members)
 
 
 class Sample(NamedTuple):
@@ -385,7 +382,7 @@ class Trainer:
         order = self._order(seeded(self.recipe.seed, 2 * epoch + 1))
         numbers = self.sources[order[place * count : (place + 1) * count]]
         draws = seeded(self.recipe.seed, 2 * step)
-        source = self.classes.predicted[numbers]
+        source = self.classes.said["predicted"][numbers]
         target = torch.tensor([choice(self.partners[int(index)], draws) for index in source])
         k = torch.rand(count, generator=draws, dtype=torch.float64)
         references = []
@@ -416,7 +413,7 @@ class Trainer:
         """The order of the sources in an epoch; with `unsure`, drawn with replacement."""
         if not self.recipe.unsure:
             return torch.randperm(len(self.sources), generator=draws)
-        weights = 1 + self.recipe.unsure * (1 - self.classes.confidence[self.sources])
+        weights = 1 + self.recipe.unsure * (1 - self.classes.said["confidence"][self.sources])
         return torch.multinomial(weights, len(weights), replacement=True, generator=draws)
 
     def advance(self) -> dict[str, float]:
@@ -528,7 +525,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write all that the next step needs."""
-        tensors = {f"images/{name}": getattr(self.classes, name) for name in _SEEN}
+        tensors = {f"images/{name}": value for name, value in self.classes.said.items()}
         for name, net in (("decoder", self.decoder), ("discriminator", self.discriminator)):
             tensors |= {f"{name}/{key}": value for key, value in net.state_dict().items()}
             tensors |= moments_of(self.optimisers[name], f"adam-{name}/")
@@ -541,19 +538,10 @@ class Trainer:
             ValueError: it is of another training, or broken.
 
         Warns:
-            UserWarning: the classifier says something else of the images than of those of the state.
+            UserWarning: as of `check_same_images`.
         """
         tensors, meta = state_of(path, self.fingerprint())
-        then = under(tensors, "images/")
-        apart = [(then[name] - getattr(self.classes, name)).abs() > 1e-3 for name in then]
-        if any(float(each.double().mean()) > 0.01 for each in apart):  # a few may lie on a boundary
-            warnings.warn(
-                f"{path} is the state of a training on other images (or they are drawn at random each time they are "
-                "read): the decoder will have learned from both. Pass resume=False, or delete the state, to start from "
-                "nothing",
-                UserWarning,
-                stacklevel=4,  # above fit's inference_mode
-            )
+        check_same_images(path, under(tensors, "images/"), self.classes.said, "decoder")
         self.step, self.history = meta["step"], meta["history"]
         for name, net in (("decoder", self.decoder), ("discriminator", self.discriminator)):
             net.load_state_dict(under(tensors, f"{name}/"))

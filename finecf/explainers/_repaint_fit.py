@@ -18,13 +18,16 @@ from torch import Tensor
 
 from finecf.explainers._mirror_fit import Pool, label_index, partners_of
 from finecf.explainers._shared import check_range, plain
-from finecf.explainers._spoiling import SQUARES, Windows, marks_of, spoil
+from finecf.explainers._spoiling import LEVELS, SQUARES, Windows, marks_of, spoil
 from finecf.explainers._training import (
     TrainingStopped,
     check_finite,
+    check_same_images,
     choice,
     fingerprint_of,
+    joined,
     moments_of,
+    said_of,
     seeded,
     set_moments,
     state_of,
@@ -34,8 +37,6 @@ from finecf.models import Classifier
 from finecf.models.checkpoints import save_tensors
 from finecf.models.painter import Painter
 
-LEVELS: Final = (1, 1, 2, 0)
-"""Sides of the squares that are left, step by step, in those of `SQUARES`; 0: nothing but the class is told."""
 SHARES: Final = (0.25, 0.8)
 """Marks are where the evidence is above such a share of its largest."""
 _ELSEWHERE: Final = 0.2
@@ -60,6 +61,7 @@ class PainterRecipe:
     learning_rate: float
     seed: int
     precision: str
+    flip: bool
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -80,12 +82,15 @@ class PainterRecipe:
 class Known:
     """Training images that the classifier recognises: numbers in the pool and classes, int64 [N], and for each of the
     classes that its own may be led to the evidence against it, float16 [N,P,h,w] (the last ones repeat where it has
-    fewer than P).
+    fewer than P), scaled by a power of 2 so that the largest lies in [0.5,1).
+
+    And of all images what the classifier says, as of `said_of`.
     """
 
     numbers: Tensor
     labels: Tensor
     evidence: Tensor
+    said: dict[str, Tensor]
 
 
 @dataclass
@@ -126,7 +131,7 @@ class PainterTrainer:
     def _look_through(self) -> Known:
         """One pass over the images: which are recognised, and where their evidence lies."""
         most = max(len(each) for each in self.partners.values())
-        numbers, labels, evidence = [], [], []
+        numbers, labels, evidence, said = [], [], [], []
         size: tuple[int, ...] = ()
         for some in torch.arange(len(self.pool)).split(_BATCH_WHILE_LOOKING):
             x, named = self.pool.read(some)
@@ -136,7 +141,8 @@ class PainterTrainer:
             bounds = self.painter.low, self.painter.high
             check_range(x, *bounds, _TRAIN_OTHERWISE, bounds="image_range")
             maps, logits = self.classifier.features_and_logits(x)
-            for row, (predicted, name) in enumerate(zip(logits.argmax(1).tolist(), named, strict=True)):
+            said.append(said_of(logits))
+            for row, (predicted, name) in enumerate(zip(said[-1]["predicted"].tolist(), named, strict=True)):
                 if predicted not in self.partners or label_index(self.classifier, name) not in (None, predicted):
                     continue
                 others = self.partners[predicted]
@@ -144,14 +150,14 @@ class PainterTrainer:
                 against = self.weight[predicted] - self.weight[others]
                 numbers.append(int(some[row]))
                 labels.append(predicted)
-                evidence.append(torch.einsum("pd,dhw->phw", against, maps[row].to(against)).half().cpu())
+                evidence.append(_scaled(torch.einsum("pd,dhw->phw", against, maps[row].to(against))).half().cpu())
         for index in self.partners:
             if index not in labels:
                 raise ValueError(
                     f"class {self.classifier.class_name(index)!r} of the pairs has no training image that the "
                     "classifier recognises"
                 )
-        return Known(torch.tensor(numbers), torch.tensor(labels), torch.stack(evidence))
+        return Known(torch.tensor(numbers), torch.tensor(labels), torch.stack(evidence), joined(said))
 
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
         """Windows [B,Ch,S,S] scaled to [0,1], where they are to be spoiled [B,1,S,S], their classes, and what draws
@@ -183,7 +189,7 @@ class PainterTrainer:
                 top, left = top % (side - least), left % (side - least)
                 height, width = (least + each % (side * 11 // 32) for each in (height, width))
                 mask[:, top : top + height, left : left + width] = 1
-        if choice((False, True), draws):
+        if self.recipe.flip and choice((False, True), draws):
             images, masks = images.flip(3), masks.flip(3)
         low_bound, high_bound = self.painter.low.cpu(), self.painter.high.cpu()
         return (images - low_bound) / (high_bound - low_bound), masks, labels, draws
@@ -246,6 +252,7 @@ class PainterTrainer:
         """Write all that the next step needs."""
         tensors = {f"painter/{key}": value for key, value in self.painter.state_dict().items()}
         tensors |= moments_of(self.optimiser, "adam/")
+        tensors |= {f"images/{name}": value for name, value in self.known.said.items()}
         save_tensors(path, tensors, {"step": self.step, "of": self.fingerprint(), "history": self.history})
 
     def load(self, path: Path) -> None:
@@ -253,8 +260,18 @@ class PainterTrainer:
 
         Raises:
             ValueError: it is of another training, or broken.
+
+        Warns:
+            UserWarning: as of `check_same_images`.
         """
         tensors, meta = state_of(path, self.fingerprint())
+        check_same_images(path, under(tensors, "images/"), self.known.said, "painter")
         self.step, self.history = meta["step"], meta["history"]
         self.painter.load_state_dict(under(tensors, "painter/"))
         set_moments(self.optimiser, tensors, "adam/")
+
+
+def _scaled(evidence: Tensor) -> Tensor:
+    """Each of evidence [P,h,w] times a power of 2, so that half precision holds it; marks hang on no scale."""
+    largest = evidence.abs().amax((1, 2), keepdim=True)
+    return torch.ldexp(evidence, -torch.frexp(largest).exponent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finecf.models.decoder import activation_prior
+from finecf.models.painter import multiple
 
 CAST: Final = 0.15
 """Standard deviation by which the gain of each channel is off."""
@@ -17,6 +19,15 @@ GRAIN: Final = 0.08
 """Standard deviation by which each channel, and each square of it, is off, as a share of the image range."""
 SQUARES: Final = 8
 """Squares along a window's side whose mean colours are all that is left of it."""
+LEVELS: Final = (1, 1, 2, 0)
+"""Sides of the squares that are left in training, step by step, in those of `SQUARES`; 0: nothing but the class is
+told.
+"""
+
+
+def window_step(widths: Sequence[int]) -> int:
+    """What a window must be a multiple of: its painter halves it, and squares of every level must fill it."""
+    return math.lcm(multiple(widths), SQUARES * max(LEVELS))
 
 
 def marks_of(evidence: Tensor, share: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -101,6 +102,35 @@ def state_of(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str,
             f"{_apart(str(meta.get('of')), fingerprint)}; delete it, or pass resume=False"
         )
     return tensors, meta
+
+
+def said_of(logits: Tensor) -> dict[str, Tensor]:
+    """What a classifier says of images, on the CPU: classes `predicted`, int64 [N], and the probability of each,
+    `confidence`, float64 [N].
+    """
+    confidence, predicted = logits.cpu().double().softmax(1).max(1)
+    return {"predicted": predicted, "confidence": confidence}
+
+
+def joined(said: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What was said of batches of images, of all."""
+    return {name: torch.cat([each[name] for each in said]) for name in said[0]}
+
+
+def check_same_images(path: Path, then: Mapping[str, Tensor], now: Mapping[str, Tensor], what: str) -> None:
+    """Warn where the classifier says something else of the training images than of those of a state.
+
+    Called by a trainer's `load`, which a `fit` under one decorator calls.
+    """
+    apart = [(then[name] - now[name]).abs() > 1e-3 for name in now]
+    if any(float(each.double().mean()) > 0.01 for each in apart):  # a few may lie on a boundary
+        warnings.warn(
+            f"{path} is the state of a training on other images (or they are drawn at random each time they are "
+            f"read): the {what} will have learned from both. Pass resume=False, or delete the state, to start from "
+            "nothing",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _apart(there: str, here: str) -> str:

@@ -44,6 +44,7 @@ from finecf.explainers._shared import (
     versions,
     wrapped,
 )
+from finecf.explainers._training import TrainingStopped
 from finecf.explainers._trim import Trimmed, check_gradients, trim, trim_settings
 from finecf.explainers.repaint import Repainted, Repainter
 from finecf.explainers.result import Interrupted, Maps, MirrorExplanation, Probabilities
@@ -348,7 +349,8 @@ class MirrorCFE:
 
         Raises:
             ValueError: settings, pairs, images beyond the decoder's range, or a state of another training.
-            TrainingStopped: a loss, or in the last step a weight, became NaN or infinite.
+            TrainingStopped: a loss, or in the last step a weight, became NaN or infinite; the decoder is then the one
+                that it was before, if any.
 
         Warns:
             UserWarning: the state is of other images, or no reflection crosses the boundary of some pair.
@@ -403,8 +405,9 @@ class MirrorCFE:
         state = None if out is None else out.with_name(out.name + ".resume")
         if state is not None and resume and state.is_file():
             trainer.load(state)
+        before = self.decoder, self.soften, self.reflection, self.meta
         self.decoder, self.soften, self.reflection = net, soften, self._trains_along
-        self.meta = {
+        meta: dict[str, Any] = {
             "classifier": self.classifier.fingerprint(),
             "pairs": named,
             "classes": [self.classifier.class_name(index) for index in sorted(wanted)],
@@ -412,12 +415,16 @@ class MirrorCFE:
             "torch": torch.__version__,
             **self._ways(),
         }
+        self.meta = meta
         shown = None if preview is None else lambda step: preview(step, self)
         try:
             run_training(trainer, state, save_every, shown, preview_every, self.progress)
+        except TrainingStopped:
+            self.decoder, self.soften, self.reflection, self.meta = before
+            raise
         finally:
             net.eval().requires_grad_(False)
-            self.meta["steps_done"] = trainer.step
+            meta["steps_done"] = trainer.step
         if out is not None:
             self.save(out)
         if state is not None:
@@ -552,7 +559,13 @@ class MirrorCFE:
             own, wanted = classes_of(self.classifier, said, source, target)
             self._check_pairs(own, wanted)
             if self.repainter is not None:
+                places = self.repainter.classifier.device, self.classifier.device
+                if places[0] != places[1]:
+                    raise ValueError(
+                        f"the repainter's model is on {places[0]} and this one on {places[1]}: give both one classifier"
+                    )
                 self.repainter.check_prepared(x)
+                self.repainter.warn_of_unknown(own, wanted)
             if trimming is not None:
                 check_gradients(self.classifier, x[:1])
             # The strip of an image, drawn and encoded again, is what takes memory.
@@ -646,7 +659,7 @@ class MirrorCFE:
                     # The image itself was run twice.
                     evaluations=2
                     + int(drawing.counts.seen[b])
-                    + (0 if painted is None else 1 + int(painted.rounds[b]))
+                    + (0 if painted is None else int(painted.evaluations[b]))
                     + (0 if less is None else int(less.evaluations[b]) + (painted is not None)),
                     seconds=seconds,
                     seed=None,

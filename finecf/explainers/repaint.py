@@ -22,10 +22,11 @@ from finecf.explainers._mirror_fit import PRECISIONS, Items, Pool, checked_check
 from finecf.explainers._mirror_train import run_training
 from finecf.explainers._repaint_fit import PainterRecipe, PainterTrainer
 from finecf.explainers._shared import Target, check_made_for, check_range, classes_of, one_of, plain, wrapped
-from finecf.explainers._spoiling import SQUARES, Windows, marks_of, middles_of, spoil
+from finecf.explainers._spoiling import SQUARES, Windows, marks_of, middles_of, spoil, window_step
+from finecf.explainers._training import TrainingStopped
 from finecf.models import Classifier
 from finecf.models.decoder import Range
-from finecf.models.painter import WIDTHS, Painter, load_painter, multiple, save_painter
+from finecf.models.painter import WIDTHS, Painter, load_painter, save_painter
 
 SHARE: Final = 0.5
 DRAWS: Final = 3
@@ -40,15 +41,21 @@ class Repainted:
 
     Attributes:
         images: [B,Ch,H,W], as the model takes them.
+        source: int64 [B], the classes moved away from.
+        target: int64 [B], the classes wanted.
         mask: bool [B,1,H,W], where they may have changed.
         rounds: int64 [B], how often each was repainted; 0 where the painter does not know both classes.
         found: bool [B], whether the classifier calls it the target now.
+        evaluations: int64 [B], how often the classifier was run for each.
     """
 
     images: Tensor
+    source: Tensor
+    target: Tensor
     mask: Tensor
     rounds: Tensor
     found: Tensor
+    evaluations: Tensor
 
     def __repr__(self) -> str:
         return f"Repainted({len(self.images)} images, {int(self.found.sum())} called the target)"
@@ -67,10 +74,11 @@ class Repainter:
 
     Args:
         classifier: what `finecf.wrap` returned; its head must be linear behind global average pooling.
-        painter: a `Painter`, or a file that `save` wrote; None: `fit` makes one.
+        painter: a `Painter`, which is moved to the classifier's device, set to eval and frozen, or a file that `save`
+            wrote; None: `fit` makes one.
         share: marks are where the evidence is above this share of its largest, in (0,1).
         draws: spoiled images over which what is added is a mean.
-        rounds: how often an image is repainted at most; one that is called the target is left as it is.
+        rounds: how often an image is repainted at most; it ends with the round after which it is called the target.
         threshold: a share of the image range; in each round a pixel's change is shortened by so much of its mean over
             channels, and smaller ones are left out (soft thresholding, as of Donoho, IEEE Trans. Inf. Theory 1995):
             where the painter knows no difference between the classes, what is left of one is noise. 0: nothing is.
@@ -108,6 +116,12 @@ class Repainter:
         self.meta: dict[str, Any] = {}
         self.painter: Painter | None = None
         if isinstance(painter, Painter):
+            step = window_step(painter.settings["widths"])
+            if painter.window % step:
+                raise ValueError(
+                    f"the painter's window has {painter.window} pixels a side; what is spoiled of it are squares, and "
+                    f"it must be a multiple of {step}"
+                )
             self.painter = painter.to(classifier.device).eval().requires_grad_(False)
         elif painter is not None:
             loaded, meta = load_painter(painter)
@@ -130,6 +144,7 @@ class Repainter:
         window: int | None = None,
         widths: Sequence[int] = WIDTHS,
         image_range: Range = (0.0, 1.0),
+        flip: bool = True,
         seed: int = 0,
         precision: str = "float32",
         checkpoint: str | os.PathLike[str] | None = None,
@@ -144,10 +159,12 @@ class Repainter:
             steps: of the optimiser.
             batch: images in a step.
             learning_rate: of AdamW; it rises in the first tenth of the steps, then falls along a cosine.
-            window: pixels a side of what the painter sees of an image; None: half of its shorter side, or the next
-                multiple of 32 below, at least 32.
+            window: pixels a side of what the painter sees of an image, a multiple of 16 and of 2 for every stage
+                (32 by default); None: half of the image's shorter side, or the next such multiple below, at least one.
             widths: channels of the U-net's stages.
             image_range: least and largest value of the images as the model takes them, a number or one per channel.
+            flip: whether all images of a step are mirrored left to right in half of the steps; False where a mirrored
+                image may be of another class.
             seed: everything drawn depends on it and on the number of the step.
             precision: "float32" or "bfloat16".
             checkpoint: a file, as of `MirrorCFE.fit`; the state is in `<checkpoint>.resume` until it is written.
@@ -160,7 +177,11 @@ class Repainter:
         Raises:
             ValueError: settings, pairs, images beyond the range, a head that is not linear, or a state of another
                 training.
-            TrainingStopped: the loss, or in the last step a weight, became NaN or infinite.
+            TrainingStopped: the loss, or in the last step a weight, became NaN or infinite; the painter is then the
+                one that it was before, if any.
+
+        Warns:
+            UserWarning: the state is of other images.
         """
         one_of("precision", precision, PRECISIONS)
         if save_every < 1:
@@ -172,11 +193,14 @@ class Repainter:
             weight = self._weight(self.classifier.features(first))
         named = named_pairs(self.classifier, pairs, "the painter")
         side = min(first.shape[2:])
+        step = window_step(widths)
         if window is None:
-            window = max(multiple(widths), side // 2 // multiple(widths) * multiple(widths))
+            window = max(step, side // 2 // step * step)
+        if window % step:
+            raise ValueError(f"window is a number of pixels, a multiple of {step} here; got {window}")
         if window > side:
             raise ValueError(f"the images have {side} pixels a side, and the painter sees {window}: enlarge them")
-        recipe = PainterRecipe(int(steps), int(batch), float(learning_rate), int(seed), precision)
+        recipe = PainterRecipe(int(steps), int(batch), float(learning_rate), int(seed), precision, bool(flip))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would seed CUDA as well
             painter = Painter(len(weight), first.shape[1], window, widths, image_range=image_range)
@@ -184,20 +208,25 @@ class Repainter:
         state = None if out is None else out.with_name(out.name + ".resume")
         if state is not None and resume and state.is_file():
             trainer.load(state)
+        before = self.painter, self.meta
         self.painter = painter
         classes = sorted({index for pair in named for index in pair})
-        self.meta = {
+        meta: dict[str, Any] = {
             "classifier": self.classifier.fingerprint(),
             "pairs": named,
             "classes": [self.classifier.class_name(index) for index in classes],
             "recipe": {**recipe.__dict__},
             "torch": torch.__version__,
         }
+        self.meta = meta
         try:
             run_training(trainer, state, save_every, progress=self.progress)
+        except TrainingStopped:
+            self.painter, self.meta = before
+            raise
         finally:
             painter.eval().requires_grad_(False)
-            self.meta["steps_done"] = trainer.step
+            meta["steps_done"] = trainer.step
         if out is not None:
             self.save(out)
         if state is not None:
@@ -220,42 +249,53 @@ class Repainter:
             ValueError: there is no painter, the images are not of its range or smaller than its window, a class is
                 unknown, target and source are the same, or the head is not linear.
 
-        Warns where the painter was not trained on a class, and leaves such images as they are.
+        Warns:
+            UserWarning: the painter was not trained on a class; such images stay as they are.
         """
         self._ready()
-        return self.repaint_prepared(self.classifier.prepare(images), target, source=source)
+        done = self.repaint_prepared(self.classifier.prepare(images), target, source=source)
+        self.warn_of_unknown(done.source, done.target)
+        return done
 
     @torch.inference_mode(False)
     def repaint_prepared(self, x: Tensor, target: Target, *, source: Target | None = None) -> Repainted:
-        """As `repaint`, of images [B,Ch,H,W] as the model takes them: nothing is preprocessed."""
-        painter = self.check_prepared(x)
+        """As `repaint`, of images [B,Ch,H,W] as the model takes them: neither preprocesses nor warns."""
+        painter = self._fitting(x)
         with plain(self.classifier.device):
             x = x.clone() if x.is_inference() else x
             if len(x) == 0:
                 none = torch.zeros(0, dtype=torch.bool, device=x.device)
-                return Repainted(x, none.new_zeros(0, 1, *x.shape[2:]), none.long(), none)
+                number = none.long()
+                return Repainted(x, number, number, none.new_zeros(0, 1, *x.shape[2:]), number, none, number)
             logits = torch.cat([self.classifier.logits(part) for part in x.split(self.micro_batch)])
-            if logits.shape[1] != painter.settings["classes"]:
-                raise ValueError(
-                    f"the painter knows {painter.settings['classes']} classes and the classifier has "
-                    f"{logits.shape[1]}: it was made for another classifier"
-                )
+            _check_classes(painter, logits)
             own, wanted = classes_of(self.classifier, logits, source, target)
             done = Repainted(
                 x.clone(),
+                own,
+                wanted,
                 torch.zeros_like(x[:, :1], dtype=torch.bool),
                 torch.zeros_like(wanted),
                 logits.argmax(1) == wanted,
+                torch.ones_like(wanted),
             )
             known = self._known(own, wanted).nonzero()[:, 0]
             for rows in known.split(self.micro_batch) if len(known) else ():
                 part = self._repaint(painter, x[rows], own[rows], wanted[rows])
                 for whole, some in zip((done.images, done.mask, done.rounds, done.found), part, strict=True):
                     whole[rows] = some
+                done.evaluations[rows] += 1 + done.rounds[rows]  # for the evidence, and after each round
         return done
 
-    def check_prepared(self, x: Tensor) -> Painter:
-        """The painter, if images [B,Ch,H,W] as the model takes them can be repainted; else raises as `repaint`."""
+    def check_prepared(self, x: Tensor) -> None:
+        """Raise as `repaint` where images [B,Ch,H,W] as the model takes them cannot be repainted, B at least 1."""
+        painter = self._fitting(x)
+        maps, logits = self.classifier.features_and_logits(x[:1])
+        _check_classes(painter, logits)
+        self._weight(maps)
+
+    def _fitting(self, x: Tensor) -> Painter:
+        """The painter, if images are of its channels, size and range."""
         painter = self._ready()
         channels, side = painter.settings["channels"], painter.window
         if x.shape[1] != channels or min(x.shape[2:]) < side:
@@ -266,30 +306,39 @@ class Repainter:
         check_range(x, painter.low, painter.high, "give images scaled as those it was trained on")
         return painter
 
-    def _known(self, source: Tensor, target: Tensor) -> Tensor:
-        """Whether the painter was trained on both classes of images, bool [B]; warns of those it was not."""
-        if "pairs" not in self.meta:
-            return torch.ones_like(source, dtype=torch.bool)
-        learned = {index for pair in self.meta["pairs"] for index in pair}
+    def warn_of_unknown(self, source: Tensor, target: Tensor) -> None:
+        """Warn, in the name of what the caller was called by, of classes [B] that the painter was not trained on."""
+        learned = self._learned()
         asked = {*source.tolist(), *target.tolist()}
-        if asked - learned:
-            new, old = (
-                ", ".join(self.classifier.class_name(index) for index in sorted(some))
-                for some in (asked - learned, learned)
-            )
-            warnings.warn(
-                f"the painter was not trained on {new} (it knows {old}): images from or to these stay as they are",
-                UserWarning,
-                stacklevel=4,
-            )
-        return torch.isin(source, source.new_tensor(sorted(learned))) & torch.isin(
-            target, target.new_tensor(sorted(learned))
+        if learned is None or not asked - learned:
+            return
+        new, old = (
+            ", ".join(self.classifier.class_name(index) for index in sorted(some))
+            for some in (asked - learned, learned)
         )
+        warnings.warn(
+            f"the painter was not trained on {new} (it knows {old}): images from or to these stay as they are",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _learned(self) -> set[int] | None:
+        """The classes that the painter was trained on; None where nothing says so."""
+        pairs = self.meta.get("pairs")
+        return None if pairs is None else {index for pair in pairs for index in pair}
+
+    def _known(self, source: Tensor, target: Tensor) -> Tensor:
+        """Whether the painter was trained on both classes of images, bool [B]."""
+        learned = self._learned()
+        if learned is None:
+            return torch.ones_like(source, dtype=torch.bool)
+        numbers = source.new_tensor(sorted(learned))
+        return torch.isin(source, numbers) & torch.isin(target, numbers)
 
     def _repaint(
         self, painter: Painter, x: Tensor, source: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of `Repainted` for images [n,Ch,H,W] and classes [n]."""
+        """Images, mask, rounds and found of `Repainted` for images [n,Ch,H,W] and classes [n]."""
         maps = self.classifier.features(x)
         weight = self._weight(maps)
         evidence = torch.einsum("nd,ndhw->nhw", weight[source] - weight[target], maps.to(weight))
@@ -334,3 +383,12 @@ class Repainter:
                 "there is no painter yet: call fit(data, pairs=...), or give Repainter(classifier, painter=FILE)"
             )
         return self.painter.to(self.classifier.device)  # the model may have moved
+
+
+def _check_classes(painter: Painter, logits: Tensor) -> None:
+    """Refuse a painter that knows another number of classes than the classifier gives logits [B,C] of."""
+    if logits.shape[1] != painter.settings["classes"]:
+        raise ValueError(
+            f"the painter knows {painter.settings['classes']} classes and the classifier has {logits.shape[1]}: it was "
+            "made for another classifier"
+        )

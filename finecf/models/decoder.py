@@ -429,7 +429,8 @@ def bounds_of(image_range: Range, channels: int) -> tuple[Tensor, Tensor]:
 
 def plain_range(image_range: Range) -> list[float | list[float]]:
     """A range as a file can say it."""
-    return [[float(one) for one in each] if isinstance(each, Iterable) else float(each) for each in image_range]
+    plain = (each.tolist() if hasattr(each, "tolist") else each for each in image_range)
+    return [[float(one) for one in each] if isinstance(each, Iterable) else float(each) for each in plain]
 
 
 def _stages(grid: tuple[int, int], image: tuple[int, int], skips: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from finecf.explainers._mirror_fit import Items, Pool
 from finecf.models import Classifier, wrap
 from finecf.models.decoder import PLAIN_SIDE
 from finecf.training.nets import load_birds_net, load_digits_net, load_fashion_net
-from finecf.training.train import thread_count
+from finecf.training.train import command_of, thread_count
 
 Pair = tuple[int, int]
 RECIPES: Final = ("digits", "birds", "fashion", "photographs", "pictures")
@@ -178,9 +178,10 @@ def train_mirror(
         wrapped = mirror_classifier(on, classifier)
         recipe = mirror_recipe(on)
         pictures, labels = mirror_data(on, "train", wrapped, data, images)
-        default = f"finecf train mirror --on {on} --seed {seed} --precision {precision}"
-        for name, value in (("steps", steps), ("images", images)):
-            default += "" if value is None else f" --{name} {value}"
+        files = {"data": data, "classifier": classifier}
+        named = {name: None if file is None else Path(file) for name, file in files.items()}
+        told = {"on": on, **named, "seed": seed, "precision": precision, "steps": steps, "images": images}
+        default = command_of("mirror", **told)
         default += "".join(f" --loss-weight {name}={value}" for name, value in (weights or {}).items())
         default += "" if spatial_prior else " --no-spatial-prior"
         mirror = train_decoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from finecf.data.birds import SyntheticBirds
 from finecf.explainers import Repainter
 from finecf.training.mirror import mirror_classifier, mirror_recipe
-from finecf.training.train import thread_count
+from finecf.training.train import command_of, thread_count
 
 BIRDS: Final = 16_000
 """Birds that the painter is trained on, from the first of the training split."""
@@ -72,9 +73,6 @@ def train_repainter(
         wrapped = mirror_classifier(on, classifier)
         birds = SyntheticBirds("train", n=images or BIRDS)
         repainter = Repainter(wrapped, progress=progress)
-        default = f"finecf train repainter --on {on} --seed {seed} --precision {precision}"
-        for name, value in (("threads", threads), ("steps", steps), ("images", images)):
-            default += "" if value is None else f" --{name} {value}"
         repainter.fit(
             _Bytes(np.array(birds.images()), birds.labels),
             list(mirror_recipe(on).pairs),
@@ -84,7 +82,10 @@ def train_repainter(
             checkpoint=out,
             resume=resume,
         )
-        about = {"command": command or default, "images": len(birds), "threads": torch.get_num_threads()}
+        net = None if classifier is None else Path(classifier)
+        told = {"seed": seed, "precision": precision, "threads": threads, "steps": steps, "images": images}
+        command = command or command_of("repainter", on=on, classifier=net, **told)
+        about = {"command": command, "images": len(birds), "threads": torch.get_num_threads()}
         repainter.meta |= about
         repainter.save(out)
         return repainter.meta

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -51,6 +52,15 @@ class _Recipe:
     def told(self) -> dict[str, Any]:
         """What a description says of it; no blur is not mentioned, as in files of before there was one."""
         return {name: value for name, value in asdict(self).items() if name != "blur" or value}
+
+
+def command_of(what: str, **options: object) -> str:
+    """The `finecf train` command with these options; of a file only the name, and nothing of those that are None."""
+    words = ["finecf", "train", what]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", Path(value).name if isinstance(value, os.PathLike) else str(value)]
+    return shlex.join(words)
 
 
 @contextmanager

@@ -90,7 +90,9 @@ def test_a_decoder_is_trained_by_recipe(folder: Path, net_file: Path, tmp_path: 
     meta = train_mirror("fashion", out, folder, net_file, steps=3, images=90, previews=tmp_path / "strips")
     assert [tuple(pair) for pair in meta["pairs"]] == [(0, 2), (4, 6), (7, 9)]
     assert meta["recipe"]["steps"] == 3
-    assert meta["command"] == "finecf train mirror --on fashion --seed 0 --precision float32 --steps 3 --images 90"
+    files = f"--data {folder.name} --classifier {net_file.name}"
+    told = f"finecf train mirror --on fashion {files} --seed 0 --precision float32 --steps 3 --images 90"
+    assert meta["command"] == told
     assert not out.with_name(out.name + ".resume").exists()
     classifier = mirror_classifier("fashion", net_file)
     mirror = finecf.MirrorCFE(classifier, out)

@@ -420,7 +420,7 @@ def test_what_a_step_is_drawn_from() -> None:
 def test_unsure_images_are_drawn_more_often() -> None:
     own = trainer(unsure=50.0)
     confidence = own.classifier.logits(data()).double().softmax(1).amax(1)
-    torch.testing.assert_close(own.classes.confidence, confidence.cpu())
+    torch.testing.assert_close(own.classes.said["confidence"], confidence.cpu())
     counts = torch.zeros(len(own.sources))
     for epoch in range(400):
         counts += torch.bincount(own._order(torch.Generator().manual_seed(epoch)), minlength=len(counts))
@@ -624,6 +624,16 @@ def test_a_training_that_diverges_is_stopped() -> None:
         fitted(learning_rate=1e30)
     assert caught.value.loss in {*LOSSES, "discriminator"}
     assert isinstance(caught.value, FloatingPointError)
+
+
+def test_a_training_that_diverges_leaves_the_decoder_as_it_was() -> None:
+    mirror, _ = fitted(soften=0.0)
+    decoder, meta, bits = mirror.decoder, dict(mirror.meta), weights(mirror)
+    with pytest.raises(TrainingStopped):
+        mirror.fit(data(), **{"pairs": PAIRS[:1]} | TINY | {"learning_rate": 1e30})
+    assert mirror.decoder is decoder
+    assert mirror.meta == meta
+    assert all(torch.equal(value, bits[name]) for name, value in weights(mirror).items())
 
 
 def test_a_stop_before_the_first_save_says_that_nothing_was_kept(tmp_path: Path) -> None:

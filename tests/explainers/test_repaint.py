@@ -3,7 +3,9 @@ Mirror-CFE's trimming on top."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from finecf.metrics import redraw_distances
 from finecf.metrics.bootstrap import paired_bootstrap
 from finecf.models import Classifier
 from finecf.models.checkpoints import load_tensors
+from finecf.models.decoder import MirrorDecoder, Shape
 from finecf.models.painter import Painter, load_painter, save_painter
 from finecf.training import load_birds_net, mirror_recipe, shipped_painter
 from finecf.training.repaint import BIRDS, STEPS
@@ -206,7 +209,7 @@ def test_no_images_give_none(painted: Repainter) -> None:
     done = painted.repaint(x[:0], "blue")
     assert done.images.shape == (0, 3, SIDE, SIDE)
     assert done.mask.shape == (0, 1, SIDE, SIDE)
-    assert len(done.rounds) == len(done.found) == 0
+    assert len(done.source) == len(done.target) == len(done.rounds) == len(done.found) == len(done.evaluations) == 0
     assert repr(done) == "Repainted(0 images, 0 called the target)"
 
 
@@ -248,17 +251,7 @@ def test_a_seed_gives_the_same_bits(precision: str) -> None:
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, losses = taught(checkpoint=tmp_path / "whole.safetensors")
     out = tmp_path / "p.safetensors"
-    with monkeypatch.context() as patch:
-        advance = finecf.explainers._repaint_fit.PainterTrainer.advance
-
-        def stopping(self: Any) -> dict[str, float]:
-            if self.step == 4:
-                raise KeyboardInterrupt
-            return advance(self)
-
-        patch.setattr(finecf.explainers._repaint_fit.PainterTrainer, "advance", stopping)
-        with pytest.raises(KeyboardInterrupt, match=r"after 4 of 6 steps; the same call goes on from"):
-            taught(checkpoint=out)
+    interrupted(out, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.safetensors.resume", "whole.safetensors"]
     assert load_tensors(tmp_path / "p.safetensors.resume")[1]["step"] == 4
     with pytest.raises(ValueError, match=r"of a training with other settings.* \(steps: 6 there, 8 here\)"):
@@ -270,20 +263,102 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path, monkey
     assert not (tmp_path / "p.safetensors.resume").exists()
 
 
-def test_a_training_that_diverges_stops(tmp_path: Path) -> None:
-    with pytest.raises(TrainingStopped, match=r"the mending loss became (nan|inf) at step \d+: training stopped"):
-        taught(learning_rate=1e30, checkpoint=tmp_path / "p.safetensors")
-    assert not (tmp_path / "p.safetensors").exists()
+def test_a_training_that_diverges_stops_and_leaves_the_painter_as_it_was(tmp_path: Path) -> None:
+    repainter, _ = taught(steps=2)
+    painter, meta = repainter.painter, dict(repainter.meta)
+    for before in (repainter, Repainter(mosaic())):
+        kept = before.painter
+        with pytest.raises(TrainingStopped, match=r"the mending loss became (nan|inf) at step \d+: training stopped"):
+            before.fit(stamped(40), **TINY | {"learning_rate": 1e30}, checkpoint=tmp_path / "p.safetensors")
+        assert not (tmp_path / "p.safetensors").exists()
+        assert before.painter is kept
+    assert repainter.painter is painter
+    assert repainter.meta == meta
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """A state of four steps."""
+    advance = finecf.explainers._repaint_fit.PainterTrainer.advance
+
+    def stopping(self: Any) -> dict[str, float]:
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finecf.explainers._repaint_fit.PainterTrainer, "advance", stopping)
+        with pytest.raises(KeyboardInterrupt, match=r"after 4 of 6 steps; the same call goes on from"):
+            taught(checkpoint=out, **options)
+
+
+def test_a_state_of_other_images_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "p.safetensors"
+    interrupted(out, monkeypatch)
+    with pytest.warns(UserWarning, match="is the state of a training on other images.* the painter will have") as said:
+        Repainter(mosaic()).fit(stamped(40, seed=1), **TINY, checkpoint=out)
+    assert [each.filename for each in said] == [__file__]
+
+
+@pytest.mark.parametrize(("side", "window"), [(16, 16), (28, 16), (56, 16), (72, 32)])
+def test_windows_hold_whole_squares_at_any_size_of_the_images(side: int, window: int) -> None:
+    images, labels = stamped(12)
+    images = torch.nn.functional.interpolate(images, side, mode="bilinear")
+    repainter = Repainter(mosaic())
+    repainter.fit((images, labels), **TINY | {"window": None})
+    assert repainter.painter.window == window
+    done = repainter.repaint(images, 2 - labels)
+    assert bool(done.rounds.all())
+    assert done.images.shape == images.shape
+
+
+def test_images_are_mirrored_unless_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    flips: list[int] = []
+    flip = Tensor.flip
+    monkeypatch.setattr(Tensor, "flip", lambda self, *dims: (flips.append(*dims), flip(self, *dims))[1])
+    mirrored, _ = taught(steps=12)
+    assert 0 < flips.count(3) < 24
+    assert mirrored.meta["recipe"]["flip"] is True
+    flips.clear()
+    taught(steps=12, flip=False)
+    assert 3 not in flips
+
+
+@pytest.mark.parametrize("scale", [2.0**-24, 2.0**24])
+def test_what_is_learned_hangs_on_no_scale_of_the_evidence(scale: float) -> None:
+    """Half precision holds neither such evidence as it is."""
+    net = Mosaic()
+    net.fc.weight.data *= scale
+    net.fc.bias.data *= scale
+    scaled, losses = taught(finecf.wrap(net, layer="block", class_names=["red", "green", "blue"]))
+    plain, wanted = taught()
+    assert same_bits(scaled, plain)
+    assert losses == wanted
+
+
+def test_the_classifier_is_run_as_often_as_is_said(painted: Repainter) -> None:
+    x, _ = stamped(2, seed=4)
+    x[1] = x[0].roll(1, 0)  # green, which the painter does not know
+    several = Repainter(painted.classifier, painted.painter, rounds=3, share=0.9, threshold=0.9)  # changes nothing
+    several.meta = painted.meta
+    calls: list[int] = []
+    hook = painted.classifier.model.block.register_forward_hook(lambda *_: calls.append(1))
+    known = several.repaint(x[0], "blue")
+    assert (known.rounds.tolist(), known.evaluations.tolist()) == ([3], [len(calls)])
+    calls.clear()
+    with pytest.warns(UserWarning, match="not trained on green"):
+        unknown = several.repaint(x[1], "blue")
+    assert (unknown.rounds.tolist(), unknown.evaluations.tolist()) == ([0], [len(calls)])
+    hook.remove()
 
 
 def test_the_rate_rises_and_falls() -> None:
-    recipe = PainterRecipe(100, 1, 2.0, 0, "float32")
+    recipe = PainterRecipe(100, 1, 2.0, 0, "float32", True)
     rates = [recipe.rate(step) for step in range(100)]
     assert rates[9] == pytest.approx(2.0)
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 0.01
-    assert 0 < PainterRecipe(1, 1, 2.0, 0, "float32").rate(0) <= 2.0
+    assert 0 < PainterRecipe(1, 1, 2.0, 0, "float32", True).rate(0) <= 2.0
 
 
 def test_a_saved_painter_paints_the_same(painted: Repainter, tmp_path: Path) -> None:
@@ -309,12 +384,14 @@ def test_a_saved_painter_paints_the_same(painted: Repainter, tmp_path: Path) -> 
 
 
 def test_a_painters_file_keeps_its_range(tmp_path: Path) -> None:
-    painter = Painter(2, 3, 8, (8, 8), image_range=(-2.1179039, [2.2489083, 2.4285715, 2.64]))
-    save_painter(tmp_path / "p.safetensors", painter, {})
-    again, _ = load_painter(tmp_path / "p.safetensors")
-    assert torch.equal(again.low, painter.low)
-    assert torch.equal(again.high, painter.high)
-    assert again.settings == painter.settings
+    most = [2.2489083, 2.4285715, 2.64]
+    for image_range in ((-2.1179039, most), (torch.tensor(-2.1), torch.tensor(most)), torch.tensor([-1.0, 1.0])):
+        painter = Painter(2, 3, 8, (8, 8), image_range=image_range)
+        save_painter(tmp_path / "p.safetensors", painter, {})
+        again, _ = load_painter(tmp_path / "p.safetensors")
+        assert torch.equal(again.low, painter.low)
+        assert torch.equal(again.high, painter.high)
+        assert again.settings == painter.settings
 
 
 # ---- bad input
@@ -344,7 +421,8 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], said: str)
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"precision": "int8"}, "precision must be one of float32, bfloat16"),
         ({"save_every": 0}, "save_every is a number of steps, at least 1"),
-        ({"window": 10}, "window is a number of pixels, a multiple of 4 here; got 10"),
+        ({"window": 10}, "window is a number of pixels, a multiple of 16 here; got 10"),
+        ({"window": 8}, "window is a number of pixels, a multiple of 16 here; got 8"),
         ({"window": 64}, "the images have 16 pixels a side, and the painter sees 64: enlarge them"),
         ({"widths": (8, 12)}, r"widths are channels of the painter's stages, multiples of 8; got \[8, 12\]"),
         ({"widths": ()}, "widths are channels"),
@@ -388,14 +466,22 @@ def test_classes_that_the_painter_was_not_trained_on_are_left_alone(painted: Rep
     predicted = painted.classifier.logits(x).argmax(1)
     target = torch.tensor([2, 1, 1, 0], device=DEVICE)
     assert predicted.tolist() == [0, 0, 0, 2]
-    with pytest.warns(UserWarning, match=r"was not trained on green \(it knows red, blue\):"):
+    with pytest.warns(UserWarning, match=r"was not trained on green \(it knows red, blue\):") as said:
         found = painted.repaint(x, target)
+    assert [each.filename for each in said] == [__file__]
+    assert found.source.tolist() == predicted.tolist()
+    assert found.target.tolist() == target.tolist()
     assert found.rounds.tolist() == [1, 0, 0, 1]
     assert found.mask.flatten(1).any(1).tolist() == [True, False, False, True]
     assert torch.equal(found.images[1:3], x[1:3])
     assert found.found.tolist()[1:3] == [False, False]
     alone = painted.repaint(x[:1], "blue")
     torch.testing.assert_close(found.images[:1], alone.images, rtol=0, atol=1e-5)
+
+
+def test_a_painter_whose_window_holds_no_whole_squares_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"window has 8 pixels a side; .* must be a multiple of 16"):
+        Repainter(mosaic(), Painter(3, 3, 8, (8, 8)))
 
 
 def test_a_painter_of_other_classes_is_refused() -> None:
@@ -466,7 +552,9 @@ def test_where_the_repainted_image_does_not_lead_there_the_image_itself_is_taken
         """What no change makes up for."""
         far = torch.zeros_like(images) + torch.arange(len(images), device=images.device)[:, None, None, None] % 2
         none = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        return Repainted(far, none[:, None, None, None].expand_as(images[:, :1]), 1 + none.long(), none)
+        once = 1 + none.long()
+        mask = none[:, None, None, None].expand_as(images[:, :1])
+        return Repainted(far, source, target, mask, once, none, 2 + once)
 
     monkeypatch.setattr(repainter, "repaint_prepared", elsewhere)
     upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=repainter)
@@ -483,9 +571,12 @@ def test_an_image_that_is_not_repainted_is_trimmed_as_without_a_repainter() -> N
     target = others(mirror.classifier, x)
     repainter = Repainter(mirror.classifier, Painter(mirror.classifier.num_classes or 0, 3, SIDE, (8, 8)))
     repainter.meta = {"pairs": [[0, 1]]}
-    upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=repainter)
-    with pytest.warns(UserWarning, match="the painter was not trained on"):
+    upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=repainter, micro_batch=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         found = upon.explain(x, target, steps=2, trim=True)
+    (once,) = [each for each in said if "the painter was not trained on" in str(each.message)]
+    assert once.filename == __file__
     left = [each for each in found if not {each.origin, each.target} <= {0, 1}]
     assert left
     for one, other in zip(found, mirror.explain(x, target, steps=2, trim=True), strict=True):
@@ -505,9 +596,25 @@ def test_what_the_repainter_refuses_is_refused_before_anything_is_drawn(
     mirror, _ = both
     x = pictures(2, seed=3)
     target = others(mirror.classifier, x)
-    upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=Repainter(mirror.classifier))
+    own = Painter(4, 3, SIDE, (8, 8))
+    for repainter, said in (
+        (Repainter(mirror.classifier), "there is no painter yet"),
+        (Repainter(mirror.classifier, Painter(7, 3, SIDE, (8, 8))), "the painter knows 7 classes and the"),
+        (Repainter(mirror.classifier, Painter(4, 1, SIDE, (8, 8))), "the painter takes images of 1 channels"),
+    ):
+        upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=repainter)
+        monkeypatch.setattr(upon, "_explain", lambda *given: pytest.fail("it drew"))
+        with pytest.raises(ValueError, match=said):
+            upon.explain(x, target)
+    bent = wrapped(hidden=6)
+    drawer = MirrorDecoder(Shape((12, 4, 4), (3, SIDE, SIDE), ()), width=4, most=8)
+    upon = finecf.MirrorCFE(bent, drawer, reflection="lbfgs", repainter=Repainter(bent, own))
     monkeypatch.setattr(upon, "_explain", lambda *given: pytest.fail("it drew"))
-    with pytest.raises(ValueError, match="there is no painter yet"):
+    with pytest.raises(ValueError, match="needs a linear head behind global average pooling"):
+        upon.explain(x, others(bent, x))
+    upon = finecf.MirrorCFE(mirror.classifier, mirror.decoder, repainter=Repainter(mirror.classifier, own))
+    monkeypatch.setattr(upon.repainter, "classifier", SimpleNamespace(device=torch.device("meta")))
+    with pytest.raises(ValueError, match=r"the repainter's model is on meta and this one on .*: give both one"):
         upon.explain(x, target)
 
 
