@@ -356,7 +356,8 @@ def test_a_painter_is_trained(tmp_path: Path) -> None:
         (("repainter", "--epochs", 3), "train repainter counts steps, not epochs: give --steps"),
         (("repainter", "--loss-weight", "feature=0"), "--loss-weight belongs to `finecf train mirror`; got repainter"),
         (("repainter", "--previews", tmp_path), "--previews belongs to `finecf train mirror`; got repainter"),
-        (("repainter", "--data", tmp_path), "--data belongs to `finecf train fashion` and `finecf train mirror`; got"),
+        (("repainter", "--data", tmp_path), "--data belongs to --on fashion, and to --model"),
+        (("digits", "--data", tmp_path), "--data belongs to `finecf train fashion` and `finecf train mirror` and"),
         (("repainter", "--workers", 2), "--workers belongs to `finecf train birds`; got repainter"),
         (("digits", "--images", 3), "--images belongs to `finecf train birds` and `finecf train mirror` and"),
         (("mirror", "--data", tmp_path), "--data belongs to --on fashion, and to --model"),
@@ -367,10 +368,10 @@ def test_a_painter_is_trained(tmp_path: Path) -> None:
         assert message in " ".join(output.split())
 
 
-def train_own(folder: Path, *more: object, model: str = "build") -> tuple[int, str]:
-    """`finecf train mirror` for the model and the images of the folder."""
+def train_own(folder: Path, *more: object, model: str = "build", what: str = "mirror") -> tuple[int, str]:
+    """`finecf train mirror` or `repainter` for the model and the images of the folder."""
     own = ("--model", f"{folder / 'model.py'}:{model}", "--data", folder / "data", "--out", folder / "own.safetensors")
-    return run("train", "mirror", *own, "--steps", 2, *more)
+    return run("train", what, *own, "--steps", 2, *more)
 
 
 def test_a_decoder_for_ones_own_model_is_trained_and_explains(folder: Path) -> None:
@@ -409,6 +410,32 @@ def test_a_decoder_for_ones_own_model_is_trained_and_explains(folder: Path) -> N
     assert (meta["reflection"], meta["recipe"]["reflection"], meta["recipe"]["shift"]) == ("lbfgs", "lbfgs", "uniform")
 
 
+def test_a_painter_for_ones_own_model_is_trained_and_explains(folder: Path) -> None:
+    code, output = train_own(folder, "--size", 32, "--pair", "blue=red", "--pair", "green=red")
+    assert code == 0, output
+    (folder / "own.safetensors").rename(folder / "decoder.safetensors")
+    scaled = ("--size", 40, "--normalise", "imagenet", "--no-flip", "--learning-rate", 1e-3, "--seed", 3)
+    code, output = train_own(folder, *scaled, "--pair", "blue=red", what="repainter", model="two_kinds")
+    assert code == 0, output
+    repainter, meta = load_painter(folder / "own.safetensors")
+    assert (len(meta["pairs"]), sorted(meta["classes"])) == (1, ["blue", "red"])
+    told = {"steps": 2, "flip": False, "seed": 3, "learning_rate": 1e-3}
+    assert meta["images"] == 18
+    assert {name: meta["recipe"][name] for name in told} == told
+    assert repainter.window == 32
+    mean, deviation = _user.IMAGENET
+    torch.testing.assert_close(repainter.low.flatten(), (0 - mean) / deviation)
+
+    code, output = train_own(folder, "--size", 32, what="repainter")
+    assert code == 0, output
+    assert "A painter for 3 pairs of classes" in " ".join(output.split())
+    assert "--decoder FILE --trim --repainter" in output
+    files = ("--decoder", folder / "decoder.safetensors", "--trim", "--repainter", folder / "own.safetensors")
+    code, output, rows = mirror(folder, "--all-mistakes", "--steps", 3, "--no-figures", *files)
+    assert code == 0, output
+    assert len(rows) == 3
+
+
 def test_a_training_that_explodes_ends_with_a_sentence(folder: Path) -> None:
     code, output = train_own(folder, "--size", 32, "--learning-rate", 1e30, "--pair", "blue=red", "--steps", 4)
     assert code == 2
@@ -429,7 +456,15 @@ def test_what_a_decoder_for_ones_own_model_needs(folder: Path, monkeypatch: pyte
     data = ("--data", folder / "data")
     for arguments, message in (
         (("mirror", *model), "--model needs --data, a folder of images"),
-        (("birds", *model, *data), "--model belongs to `finecf train mirror`; got birds"),
+        (("birds", *model, *data), "--model belongs to `finecf train mirror` and `finecf train repainter`; got birds"),
+        (("repainter", *model), "--model needs --data, a folder of images"),
+        (("repainter", *model, *data, "--reflection", "lbfgs"), "--reflection belongs to `finecf train mirror`; got"),
+        (("repainter", *model, *data, "--on", "birds"), "--on belongs to the small nets that ship"),
+        (("repainter", *model, *data, "--precision", "half"), "--precision must be one of float32, bfloat16"),
+        (("repainter", *model, *data, "--pair", "red"), "--pair takes two classes, as in --pair A=B; got ['red']"),
+        (("repainter", "--no-flip"), "--flip needs --model"),
+        (("repainter", *data), "--data belongs to --on fashion, and to --model"),
+        (("mirror", *model, *data, "--no-flip"), "--flip belongs to `finecf train repainter`; got mirror"),
         (("mirror", *data, "--pair", "red=blue"), "--pair needs --model"),
         (("mirror", *data, "--learning-rate", 1), "--learning-rate needs --model"),
         (("mirror", *model, *data, "--on", "birds"), "--on belongs to the small nets that ship"),

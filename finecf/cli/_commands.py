@@ -49,6 +49,7 @@ from finecf.training import (
     train_digits,
     train_fashion,
     train_mirror,
+    train_painter,
     train_repainter,
 )
 from finecf.training.train import thread_count
@@ -69,15 +70,16 @@ OPTIONS_OF = {
     "mirror": ("decoder", "steps", "reflection", "corrections", "trim", "just_across", "repainter"),
 }
 """The options of `explain` that only one method has."""
-OF_OWN = ("weights", "pair", "labels", "layer", "size", "normalise", "device", "learning_rate", "reflection")
+OF_OWN = ("weights", "pair", "labels", "layer", "size", "normalise", "device", "learning_rate", "reflection", "flip")
 OF_SHIPPED = ("on", "classifier", "images")
-"""The options of `train mirror` that need --model, and those that --model excludes."""
+"""The options of `train` that need --model, and those that --model excludes."""
+OF_BOTH = ("on", "classifier", "steps", "images", "data", "model", *OF_OWN[:-2])
 TRAINED = {
     "birds": ("epochs", "images", "workers"),
     "digits": ("epochs",),
     "fashion": ("epochs", "data"),
-    "mirror": ("on", "classifier", "steps", "images", "data", "weight", "spatial_prior", "previews", "model", *OF_OWN),
-    "repainter": ("on", "classifier", "steps", "images"),
+    "mirror": (*OF_BOTH, "reflection", "weight", "spatial_prior", "previews"),
+    "repainter": (*OF_BOTH, "flip"),
 }
 """What can be trained, and the options of `train` that not all of them have."""
 EVALUATE_IMAGES = 20_000
@@ -366,7 +368,7 @@ def train(
         Path | None, typer.Option(help="mirror: a folder for strips, one every 500 steps; each image drawn once.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="mirror: your own, torchvision:NAME or FILE.py:FUNCTION, as for explain.")
+        str | None, typer.Option(help="mirror, repainter: your own, torchvision:NAME or FILE.py:FUNCTION.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="With --model: its state dict.")] = None,
     pair: Annotated[
@@ -382,42 +384,48 @@ def train(
         float | None, typer.Option(help="With --model: of the optimiser; default: the recipe's.")
     ] = None,
     reflection: Annotated[
-        str | None, typer.Option(help=f"With --model: {', '.join(REFLECTIONS)}; default: closed_form.")
+        str | None, typer.Option(help=f"mirror with --model: {', '.join(REFLECTIONS)}; default: closed_form.")
     ] = None,
+    flip: Annotated[
+        bool, typer.Option(help="repainter with --model: mirror images left to right in half of the steps.")
+    ] = True,
 ) -> None:
-    """Train the small networks that ship with finecf, or a decoder for them or for your own model; an interrupted
-    training goes on from its file.
+    """Train the small networks that ship with finecf, or a decoder or a painter for them or for your own model; an
+    interrupted training goes on from its file.
     """
     _check_training(what, model, context)
     path = out or Path(f"{what}.safetensors")
     settings: dict[str, Any] = {"seed": seed, "precision": precision, "progress": True}
-    if what == "repainter":
-        settings |= {"steps": steps, "images": images, "threads": threads or 1}
-        meta = train_repainter(on or "birds", path, classifier, **settings)
-        rich.print(f"A painter for {len(meta['pairs'])} pairs of {on or 'birds'}; the checkpoint is {path}.")
-        return
+    if what in ("mirror", "repainter"):
+        settings["steps"] = steps
     if what == "mirror":
         named = [each.partition("=") for each in weight or []]
         try:
             losses = {name: float(value) for name, _, value in named}
         except ValueError:
             raise ValueError(f"--loss-weight takes a loss and a number, as in triangulation=0; got {weight}") from None
-        settings |= {"steps": steps, "weights": losses, "spatial_prior": spatial_prior, "previews": previews}
-        if model is not None:
-            if data is None:
-                raise ValueError("--model needs --data, a folder of images with one subfolder for each class")
-            if reflection is not None:
-                one_of("--reflection", reflection, REFLECTIONS)
-            one_of("--precision", precision, PRECISIONS)  # what follows may look through all images first
-            checked_weights(losses)
-            checked_checkpoint(path)
-            place = device_named(device)
-            pictures, wrapped = user_classifier(model, weights, data, labels, layer, size, normalise, place)
-            settings |= {"learning_rate": learning_rate, "reflection": reflection}
-            settings["about"] = {"images": len(pictures), "command": " ".join(["finecf", *sys.argv[1:]])}
-            with thread_count(threads):
-                _train_own(wrapped, pictures, size, path, pair, settings)
-            return
+        settings |= {"weights": losses, "spatial_prior": spatial_prior, "previews": previews}
+        checked_weights(losses)  # what follows may look through all images first
+    if model is not None:
+        if data is None:
+            raise ValueError("--model needs --data, a folder of images with one subfolder for each class")
+        if reflection is not None:
+            one_of("--reflection", reflection, REFLECTIONS)
+        one_of("--precision", precision, PRECISIONS)
+        checked_checkpoint(path)
+        place = device_named(device)
+        pictures, wrapped = user_classifier(model, weights, data, labels, layer, size, normalise, place)
+        settings |= {"learning_rate": learning_rate}
+        settings |= {"reflection": reflection} if what == "mirror" else {"flip": flip}
+        settings["about"] = {"images": len(pictures), "command": " ".join(["finecf", *sys.argv[1:]])}
+        with thread_count(threads):
+            _train_own(what, wrapped, pictures, size, path, pair, settings)
+        return
+    if what == "repainter":
+        meta = train_repainter(on or "birds", path, classifier, images=images, threads=threads or 1, **settings)
+        rich.print(f"A painter for {len(meta['pairs'])} pairs of {on or 'birds'}; the checkpoint is {path}.")
+        return
+    if what == "mirror":
         meta = train_mirror(on or "digits", path, data, classifier, images=images, threads=threads or 1, **settings)
         rich.print(f"A decoder for {len(meta['pairs'])} pairs of {on or 'digits'}; the checkpoint is {path}.")
         return
@@ -526,6 +534,7 @@ def _confused(classifier: Classifier, predicted: Sequence[int], truth: Sequence[
 
 
 def _train_own(
+    what: str,
     classifier: Classifier,
     images: ImageFolderDataset,
     size: int,
@@ -533,7 +542,7 @@ def _train_own(
     pair: list[str] | None,
     settings: dict[str, Any],
 ) -> None:
-    """A decoder for the user's model, trained on the user's images."""
+    """A decoder or a painter for the user's model, trained on the user's images."""
     names = index_of_folders(images, classifier)
     truth = [names[label] for label in images.labels]
     if pair:
@@ -545,21 +554,20 @@ def _train_own(
         pairs = _confused(classifier, predict(classifier, images, range(len(images)), names), truth)
     black_and_white = torch.stack([torch.zeros(3, size, size), torch.ones(3, size, size)])
     low, high = classifier.prepare(black_and_white)[:, :, 0, 0].tolist()
-    of_pairs = [i for i, label in enumerate(truth) if any(label in each for each in pairs)]
-    shown = [of_pairs[number * len(of_pairs) // 8] for number in range(min(8, len(of_pairs)))]
-    samples = images.images(shown), torch.tensor([truth[i] for i in shown])
-    mirror = train_decoder(
-        classifier,
-        LabelledImages(images.paths, truth, classifier.class_names or [], size),
-        pairs,
-        out,
-        image_range=(low, high),
-        preview_images=samples,
-        **settings,
-    )
-    count = len(mirror.meta["pairs"])
-    rich.print(f"A decoder for {count} pair{'' if count == 1 else 's'} of classes; the checkpoint is {out}.")
-    rich.print(f"`finecf explain --method mirror --decoder {out}` explains by it, the model and --size as here.")
+    labelled = LabelledImages(images.paths, truth, classifier.class_names or [], size)
+    settings["image_range"] = low, high
+    if what == "mirror":
+        of_pairs = [i for i, label in enumerate(truth) if any(label in each for each in pairs)]
+        shown = [of_pairs[number * len(of_pairs) // 8] for number in range(min(8, len(of_pairs)))]
+        settings["preview_images"] = images.images(shown), torch.tensor([truth[i] for i in shown])
+        meta = train_decoder(classifier, labelled, pairs, out, **settings).meta
+        made, use = "decoder", f"--decoder {out}"
+    else:
+        meta = train_painter(classifier, labelled, pairs, out, **settings).meta
+        made, use = "painter", f"--decoder FILE --trim --repainter {out}"
+    count = len(meta["pairs"])
+    rich.print(f"A {made} for {count} pair{'' if count == 1 else 's'} of classes; the checkpoint is {out}.")
+    rich.print(f"`finecf explain --method mirror {use}` explains by it, the model and --size as here.")
 
 
 def _given(names: Iterable[str], context: typer.Context) -> list[str]:
@@ -581,10 +589,9 @@ def _check_training(what: str, model: str | None, context: typer.Context) -> Non
             those = " and ".join(f"`finecf train {other}`" for other, names in TRAINED.items() if name in names)
             raise ValueError(f"--{option} belongs to {those}; got {what}")
     if model is None and own:
-        raise ValueError(
-            f"--{own[0].replace('_', '-')} needs --model, whose decoder is trained on the images of --data"
-        )
-    if what == "mirror" and model is None and _given(("data",), context) and context.params["on"] != "fashion":
+        raise ValueError(f"--{own[0].replace('_', '-')} needs --model: it trains for that, on the images of --data")
+    data, pictures = (context.params[name] for name in ("data", "on"))
+    if "model" in TRAINED[what] and model is None and data is not None and pictures != "fashion":
         raise ValueError("--data belongs to --on fashion, and to --model")
     if model is not None and shipped:
         raise ValueError(f"--{shipped[0]} belongs to the small nets that ship; got --model {model}")

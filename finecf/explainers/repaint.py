@@ -31,6 +31,7 @@ from finecf.models.painter import WIDTHS, Painter, load_painter, save_painter
 SHARE: Final = 0.5
 DRAWS: Final = 3
 ROUNDS: Final = 2
+LEARNING_RATE: Final = 1.5e-3
 THRESHOLD: Final = 0.03
 _MICRO_BATCH: Final = 32
 
@@ -140,7 +141,7 @@ class Repainter:
         *,
         steps: int = 20_000,
         batch: int = 32,
-        learning_rate: float = 1.5e-3,
+        learning_rate: float = LEARNING_RATE,
         window: int | None = None,
         widths: Sequence[int] = WIDTHS,
         image_range: Range = (0.0, 1.0),

@@ -18,7 +18,7 @@ from finecf.training.nets import (
     shipped_decoder,
     shipped_painter,
 )
-from finecf.training.repaint import train_repainter
+from finecf.training.repaint import train_painter, train_repainter
 from finecf.training.train import predict, train_birds, train_digits, train_fashion
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "train_digits",
     "train_fashion",
     "train_mirror",
+    "train_painter",
     "train_repainter",
 ]

@@ -1,8 +1,9 @@
-"""The painter of the birds that ships with finecf."""
+"""Painters of the repainter, for the small shipped net of birds and for classifiers and images of one's own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,10 @@ from torch.utils.data import Dataset
 
 from finecf.data.birds import SyntheticBirds
 from finecf.explainers import Repainter
+from finecf.explainers._mirror_fit import Items
+from finecf.explainers.repaint import LEARNING_RATE
+from finecf.models import Classifier
+from finecf.models.decoder import Range
 from finecf.training.mirror import mirror_classifier, mirror_recipe
 from finecf.training.train import command_of, thread_count
 
@@ -72,20 +77,79 @@ def train_repainter(
     with thread_count(threads):
         wrapped = mirror_classifier(on, classifier)
         birds = SyntheticBirds("train", n=images or BIRDS)
-        repainter = Repainter(wrapped, progress=progress)
-        repainter.fit(
-            _Bytes(np.array(birds.images()), birds.labels),
-            list(mirror_recipe(on).pairs),
-            steps=steps or STEPS,
-            seed=seed,
-            precision=precision,
-            checkpoint=out,
-            resume=resume,
-        )
         net = None if classifier is None else Path(classifier)
         told = {"seed": seed, "precision": precision, "threads": threads, "steps": steps, "images": images}
-        command = command or command_of("repainter", on=on, classifier=net, **told)
-        about = {"command": command, "images": len(birds), "threads": torch.get_num_threads()}
-        repainter.meta |= about
-        repainter.save(out)
+        repainter = train_painter(
+            wrapped,
+            _Bytes(np.array(birds.images()), birds.labels),
+            mirror_recipe(on).pairs,
+            out,
+            steps=steps,
+            seed=seed,
+            precision=precision,
+            resume=resume,
+            progress=progress,
+            about={
+                "command": command or command_of("repainter", on=on, classifier=net, **told),
+                "images": len(birds),
+            },
+        )
         return repainter.meta
+
+
+def train_painter(
+    classifier: Classifier,
+    data: Items,
+    pairs: Sequence[tuple[int | str, int | str]],
+    out: str | os.PathLike[str],
+    *,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    flip: bool = True,
+    image_range: Range = (0.0, 1.0),
+    resume: bool = True,
+    progress: bool = False,
+    about: Mapping[str, object] | None = None,
+) -> Repainter:
+    """Trains a painter for a classifier of one's own, and writes it to `out`.
+
+    Args:
+        classifier: what `finecf.wrap` returned; its head must be linear behind global average pooling.
+        data: as of `Repainter.fit`: a Dataset of (image, label), a loader of one, or tensors.
+        pairs: look-alikes, by index or name.
+        out: the safetensors file; `<out>.resume` beside it keeps the state.
+        steps: how many, instead of 20,000.
+        learning_rate: instead of that of `Repainter.fit`.
+        seed: of everything drawn.
+        precision: "float32" or "bfloat16".
+        flip: whether images are mirrored left to right in half of the steps.
+        image_range: least and largest value of the images as the model takes them, a number or one per channel.
+        resume: whether to go on from `<out>.resume`.
+        progress: whether to show a bar.
+        about: what else the file's description says.
+
+    Returns:
+        The repainter, ready to repaint; `Repainter(classifier, out)` reads it again.
+
+    Raises:
+        ValueError: what `Repainter.fit` refuses.
+        TrainingStopped: as of `Repainter.fit`.
+    """
+    repainter = Repainter(classifier, progress=progress)
+    repainter.fit(
+        data,
+        list(pairs),
+        steps=STEPS if steps is None else steps,
+        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
+        seed=seed,
+        precision=precision,
+        flip=flip,
+        image_range=image_range,
+        checkpoint=out,
+        resume=resume,
+    )
+    repainter.meta |= {**(about or {}), "threads": torch.get_num_threads()}
+    repainter.save(out)
+    return repainter
