@@ -17,6 +17,7 @@ import json
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mirror import beside, left_over, logits_of, mirrored, placed, publish, scores_of, spread
@@ -108,6 +109,56 @@ def graded(mirror: finecf.MirrorCFE, what: str, x: Tensor, target: Tensor) -> li
     return [table, beside(title, "Mirror-CFE, first", list(attacks), rows, scores)]
 
 
+class Photographs(NamedTuple):
+    """The photographs [N,3,224,224] of each split, what they show, and the classifier."""
+
+    classifier: finecf.Classifier
+    pairs: list[tuple[int, int]]
+    alike: Tensor
+    read: dict[str, Tensor]
+    truth: dict[str, Tensor]
+    logits: dict[str, Tensor]
+
+    @classmethod
+    def load(cls) -> Photographs:
+        """From the folder of photographs."""
+        root = real_data()
+        photographs = {
+            split: ImageFolderDataset(root / "birds" / "images", root / "birds" / "split.txt", split, size=224)
+            for split in ("train", "test")
+        }
+        names = photographs["train"].class_names
+        classifier = finecf.wrap(load_model(root / "mobilenet_v2.py"), class_names=names)
+        alike = look_alikes(root, names)
+        pairs = [(int(p), int(q)) for p, q in alike.nonzero() if p < q]
+        read = {split: photos.images() for split, photos in photographs.items()}
+        truth = {split: torch.tensor(photos.labels) for split, photos in photographs.items()}
+        return cls(classifier, pairs, alike, read, truth, {s: logits_of(classifier, each) for s, each in read.items()})
+
+    def wrong(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mistakes of both splits, what they show, and their logits."""
+        mistaken = {split: self.logits[split].argmax(1) != self.truth[split] for split in self.read}
+        return tuple(torch.cat([own[s][mistaken[s]] for s in own]) for own in (self.read, self.truth, self.logits))
+
+    def led(self, images: int, mistakes: int, validation: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """Photographs and the classes that they are led to, by what they are: so many of each kind."""
+        led = {}
+        if images:
+            known = some(
+                (self.logits["test"].argmax(1) == self.truth["test"]).nonzero()[:, 0], images, validation
+            )
+            x = self.read["test"][known]
+            way = distances(finecf.MirrorCFE(self.classifier), x).distance
+            away = way.masked_fill(~self.alike[self.truth["test"][known]], torch.inf)
+            assert bool(away.isfinite().any(1).all()), "an image is led to none of its look-alikes"
+            led[f"{len(x)} held-out images, led to the nearest look-alike"] = x, away.argmin(1)
+        if mistakes:
+            wrong, labels, said = self.wrong()
+            within = some(self.alike[said.argmax(1), labels].nonzero()[:, 0], mistakes, validation)
+            led[f"{len(within)} mistakes, led to their true class"] = wrong[within], labels[within]
+        return led
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", type=Path, required=True, help="where it is, or is to be")
@@ -123,31 +174,21 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    root = real_data()
-    photographs = {
-        split: ImageFolderDataset(root / "birds" / "images", root / "birds" / "split.txt", split, size=224)
-        for split in ("train", "test")
-    }
-    names = photographs["train"].class_names
-    classifier = finecf.wrap(load_model(root / "mobilenet_v2.py"), class_names=names)
-    alike = look_alikes(root, names)
-    pairs = [(int(p), int(q)) for p, q in alike.nonzero() if p < q]
-    read = {split: photos.images() for split, photos in photographs.items()}
-    truth = {split: torch.tensor(photos.labels) for split, photos in photographs.items()}
-    logits = {split: logits_of(classifier, each) for split, each in read.items()}
+    photographs = Photographs.load()
+    classifier = photographs.classifier
     notes: list[str] = []
     if not options.decoder.is_file():
         started = time.perf_counter()
         train_decoder(
             classifier,
-            (read["train"], truth["train"]),
-            pairs,
+            (photographs.read["train"], photographs.truth["train"]),
+            photographs.pairs,
             options.decoder,
             steps=options.steps,
             precision="bfloat16",
             progress=True,
             previews=options.previews,
-            preview_images=(read["test"][::60], truth["test"][::60]),
+            preview_images=(photographs.read["test"][::60], photographs.truth["test"][::60]),
             preview_every=250,
         )
         notes.append(f"Trained in {(time.perf_counter() - started) / 60:.0f} minutes.")
@@ -159,19 +200,8 @@ def main() -> None:
         soften=options.soften,
         progress=True,
     )
-    right = {split: logits[split].argmax(1) == truth[split] for split in read}
-    wrong, labels, said = (torch.cat([own[s][~right[s]] for s in read]) for own in (read, truth, logits))
-    tables = [ranked(mirror, wrong, labels, said)]
-    led = {}
-    if options.images:
-        known = some(right["test"].nonzero()[:, 0], options.images, options.validation)
-        x = read["test"][known]
-        away = distances(mirror, x).distance.masked_fill(~alike[truth["test"][known]], torch.inf)
-        assert bool(away.isfinite().any(1).all()), "an image is led to none of its look-alikes"
-        led[f"{len(x)} held-out images, led to the nearest look-alike"] = x, away.argmin(1)
-    if options.mistakes:
-        within = some(alike[said.argmax(1), labels].nonzero()[:, 0], options.mistakes, options.validation)
-        led[f"{len(within)} mistakes, led to their true class"] = wrong[within], labels[within]
+    tables = [ranked(mirror, *photographs.wrong())]
+    led = photographs.led(options.images, options.mistakes, options.validation)
     for what, (images, target) in led.items():
         tables += graded(mirror, what, images, target)
     tables[0].notes += notes
