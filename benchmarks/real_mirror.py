@@ -144,9 +144,7 @@ class Photographs(NamedTuple):
         """Photographs and the classes that they are led to, by what they are: so many of each kind."""
         led = {}
         if images:
-            known = some(
-                (self.logits["test"].argmax(1) == self.truth["test"]).nonzero()[:, 0], images, validation
-            )
+            known = some((self.logits["test"].argmax(1) == self.truth["test"]).nonzero()[:, 0], images, validation)
             x = self.read["test"][known]
             way = distances(finecf.MirrorCFE(self.classifier), x).distance
             away = way.masked_fill(~self.alike[self.truth["test"][known]], torch.inf)
