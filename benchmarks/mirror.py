@@ -2,6 +2,7 @@
 
     python benchmarks/mirror.py --on digits [--decoder FILE] [--images N] [--markdown FILE]
     python benchmarks/mirror.py --on fashion --data FOLDER --classifier FILE --decoder FILE
+    python benchmarks/mirror.py --ablation FOLDER
     python benchmarks/mirror.py --on birds --ablation FOLDER [--without PART ...] [--steps N]
 
 Held-out images that the classifier recognises, with the other class of their pair as target (birds: the next one of
@@ -21,7 +22,8 @@ a tenth of the lead is kept still. What all these stand that they were not made 
 one round the edge, noise of 0.1) is in a table of its own, as shares of those found.
 
 --ablation trains what is not in the folder yet: the recipe as it is, and without each of its parts, and says what each
-part is worth, image by image. Its column "triangulation" is that loss, of the strips of held-out images. --validation
+part is worth, image by image; without --on digits without the losses and birds without the spatial prior, each image
+drawn once. Its column "triangulation" is that loss, of the strips of held-out images. --validation
 takes images that no other run grades, for choosing settings: birds of the validation split, garments that the 600 leave
 over.
 """
@@ -73,6 +75,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "spatial-prior": {"spatial_prior": False},
 }
 """What an ablation can leave out, as `train_mirror` is told it."""
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "digits": {"without": ["triangulation", "feature"], "corrections": 0},
+    "birds": {"without": ["spatial-prior"], "corrections": 0, "soften": 0.0, "images": 120},
+}
+"""The ablations of docs/results.md, as options."""
 PARTIAL = (
     "Mirror-CFE, k = 1",
     "Mirror-CFE, evenly",
@@ -357,6 +364,8 @@ def score(on: str, mirror: finecf.MirrorCFE, options: argparse.Namespace) -> tup
     }
     flips = doubles(each.first_k for each in found if each.first_k is not None)
     for name, values in {**over_k, "k of the first counterfactual": flips}.items():
+        if not len(values):  # none was found
+            continue
         mean = bootstrap_mean(values)
         faithful.rows[name] = {"mean": mean.mean, "95 % interval": f"[{mean.low:.3f}, {mean.high:.3f}]"}
     table.notes.append(
@@ -456,9 +465,14 @@ def redrawn(
         grown = redraw_distances(birds, items, x, own.images, target, own.found, grid=(8, 8))
         seen = scores.graded
         energy, area = scores.energy[seen].mean(), scores.area[seen].mean()
+        if name in ("first", "k = 1"):
+            summary[f"energy to area, {name}"] = scores.energy.where(seen, torch.nan) / area
+            summary[f"inside, {name}"] = (scores.inside - scores.source_inside).where(seen, torch.nan)
+        table.rows[name] = {"birds": int(seen.sum())}
+        if not bool(seen.any()):
+            continue
         beyond = paired_bootstrap(scores.energy[seen], 3 * scores.area[seen])
-        table.rows[name] = {
-            "birds": int(seen.sum()),
+        table.rows[name] |= {
             "energy on parts": float(energy),
             "times their area": float(energy / area),
             "energy - 3 x area": beyond,
@@ -466,10 +480,7 @@ def redrawn(
             "times the grown area": float(grown.energy[seen].mean() / grown.area[seen].mean()),
             **nearer(scores, seen),
         }
-        if name in ("first", "k = 1"):
-            summary[f"energy to area, {name}"] = scores.energy.where(seen, torch.nan) / area
-            summary[f"inside, {name}"] = (scores.inside - scores.source_inside).where(seen, torch.nan)
-    table.columns = list(table.rows["first"])
+    table.columns = list(max(table.rows.values(), key=len))
     table.notes.append(
         "Energy: share of the change that lies on the visible parts that differ; grown: by half a cell of the map. "
         "Inside, outside: L1 to the redrawn bird minus that of the image itself, paired; negative is closer. "
@@ -532,7 +543,7 @@ def publish(tables: list[Table], markdown: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--on", default="digits", choices=["digits", "birds", "fashion"])
+    parser.add_argument("--on", choices=["digits", "birds", "fashion"], help="default: digits")
     parser.add_argument("--decoder", type=Path, help="default: the shipped one")
     parser.add_argument("--classifier", type=Path, help="the classifier's file, for fashion")
     parser.add_argument("--data", type=Path, help="where fashion_mnist.npz is")
@@ -548,23 +559,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the decoders that are trained; default: the recipe's")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    if options.validation and options.on == "digits":
-        parser.error("--validation: the digits have no images beside those that are trained on and graded")
     torch.set_num_threads(options.threads)
+    runs = [options]
+    if options.ablation and options.on is None:
+        runs = []
+        for on, own in ABLATIONS.items():  # what stands on the command line goes before these
+            parser.set_defaults(on=on, **own)
+            runs.append(parser.parse_args())
+    options.on = options.on or "digits"
+    if any(each.validation and each.on == "digits" for each in runs):
+        parser.error("--validation: the digits have no images beside those that are trained on and graded")
+    tables = [table for each in runs for table in graded(each)]
+    publish(tables, options.markdown)
+
+
+def graded(options: argparse.Namespace) -> list[Table]:
+    """The tables of one set."""
     classifier = mirror_classifier(options.on, options.classifier)
     settings: dict[str, Any] = {"corrections": options.corrections, "correction_blur": options.correction_blur}
     settings |= {"soften": options.soften, "reflection": options.reflection}
-    tables: list[Table] = []
     if options.ablation:
         summaries = {
             name: score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)[1]
             for name, file in ablated(options)
         }
-        tables = worth(options.on, summaries)
-    else:
-        file = options.decoder or shipped_decoder(options.on)
-        tables, _ = score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)
-    publish(tables, options.markdown)
+        return worth(options.on, summaries)
+    file = options.decoder or shipped_decoder(options.on)
+    return score(options.on, finecf.MirrorCFE(classifier, file, **settings), options)[0]
 
 
 if __name__ == "__main__":
