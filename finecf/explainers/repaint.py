@@ -117,17 +117,16 @@ class Repainter:
         self.meta: dict[str, Any] = {}
         self.painter: Painter | None = None
         if isinstance(painter, Painter):
-            step = window_step(painter.settings["widths"])
-            if painter.window % step:
-                raise ValueError(
-                    f"the painter's window has {painter.window} pixels a side; what is spoiled of it are squares, and "
-                    f"it must be a multiple of {step}"
-                )
             self.painter = painter.to(classifier.device).eval().requires_grad_(False)
         elif painter is not None:
             loaded, meta = load_painter(painter)
             check_made_for(self.classifier, meta, "painter", painter)
             self.painter, self.meta = loaded.to(classifier.device), meta
+        if self.painter is not None and self.painter.window % window_step(self.painter.settings["widths"]):
+            raise ValueError(
+                f"the painter's window has {self.painter.window} pixels a side; what is spoiled of it are squares, and "
+                f"it must be a multiple of {window_step(self.painter.settings['widths'])}"
+            )
 
     def __repr__(self) -> str:
         known = "no painter yet" if self.painter is None else f"a painter of {self.painter.window}-pixel windows"
@@ -160,8 +159,9 @@ class Repainter:
             steps: of the optimiser.
             batch: images in a step.
             learning_rate: of AdamW; it rises in the first tenth of the steps, then falls along a cosine.
-            window: pixels a side of what the painter sees of an image, a multiple of 16 and of 2 for every stage
-                (32 by default); None: half of the image's shorter side, or the next such multiple below, at least one.
+            window: pixels a side of what the painter sees of an image, a multiple of 16 and of 2 to the power of the
+                number of stages (together 32 by default); None: half of the image's shorter side, or the next such
+                multiple below, at least one.
             widths: channels of the U-net's stages.
             image_range: least and largest value of the images as the model takes them, a number or one per channel.
             flip: whether all images of a step are mirrored left to right in half of the steps; False where a mirrored
