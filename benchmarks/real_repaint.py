@@ -25,7 +25,7 @@ from finecf.metrics.tables import Table
 from finecf.training import train_painter
 
 STEPS = 3_000
-"""About nine minutes of two shared cores."""
+"""17 minutes of two shared cores."""
 
 
 def main() -> None:
@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
+    if not options.images and not options.mistakes:
+        parser.error("nothing to repaint: give --images or --mistakes")
     torch.set_num_threads(options.threads)
     photographs = Photographs.load()
     classifier, notes = photographs.classifier, []
@@ -55,9 +57,9 @@ def main() -> None:
             progress=True,
         )
         notes.append(f"Trained in {(time.perf_counter() - started) / 60:.0f} minutes.")
-    tables = []
+    tables: list[Table] = []
     for what, (x, target) in photographs.led(options.images, options.mistakes, options.validation).items():
-        table = Table(f"photographs, repainted up to {options.rounds} times: {what}", [], notes=notes)
+        table = Table(f"photographs, repainted up to {options.rounds} times: {what}", [])
         before = logits_of(classifier, x)
         rows, own = torch.arange(len(x)), before.argmax(1)
         others = photographs.alike[own].clone()
@@ -79,6 +81,7 @@ def main() -> None:
             }
             table.columns = list(table.rows[f"threshold {threshold:g}"])
         tables.append(table)
+    tables[0].notes += notes
     publish(tables, options.markdown)
 
 
